@@ -1,0 +1,48 @@
+"""Supervised fine-tuning: the negative log-likelihood of the trainable targets."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import model_validator
+from pydantic.dataclasses import dataclass
+
+from jaxpost.algos.base import Algorithm, Context, Normalise, Source, token_weights
+from jaxpost.fields import SECTION, PosFloat
+from jaxpost.losses.sft import sft_loss
+from jaxpost.types import weighted_mean
+
+
+@dataclass(frozen=True, config=SECTION)
+class SFT(Algorithm):
+    """Masked next-token training on text, chat, or prompt/completion rows."""
+
+    name: Literal["sft"] = "sft"
+    kind: Literal["nll", "dft"] = "nll"  # dft: 2508.05629
+    normalise: Normalise = "token"  # what every trainable token's loss is divided by
+    constant: PosFloat | None = None  # the divisor of normalise: constant
+
+    @model_validator(mode="after")
+    def _constant_goes_with_its_rule(self):
+        if (self.normalise == "constant") != (self.constant is not None):
+            raise ValueError("constant: give it with normalise: constant, and only then")
+        return self
+
+    def source(self, ctx: Context) -> Source:
+        """Packed rows."""
+        return ctx.rows(self)
+
+    def prepare(self, apply, state, frozen, batch):
+        """weights, from the mask and the rule."""
+        weights = token_weights(batch.mask, batch.segments, self.normalise, self.constant)
+        return batch.replace(weights=weights), state.scalars
+
+    def loss(self, apply, params, frozen, batch, rng):
+        """sum of weights * nll (or dft), with entropy and accuracy under the same weights."""
+        logprobs, entropy, correct = apply.target_stats(apply.join(params, frozen, "policy"), batch, rng=rng)
+        loss, _ = sft_loss(logprobs, batch.weights, kind=self.kind)
+        return loss, {
+            "nll": weighted_mean(-logprobs, batch.weights),
+            "entropy": weighted_mean(entropy, batch.weights),
+            "mean_token_accuracy": weighted_mean(correct, batch.weights),
+        }

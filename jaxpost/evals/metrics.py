@@ -1,0 +1,59 @@
+"""Task metrics: score(completion: str, row: dict) -> float. Ours by name, a user's as file.py:name."""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+import pathlib
+from collections.abc import Callable
+
+from jaxpost.errors import ConfigError
+from jaxpost.evals import orders
+
+Metric = Callable[[str, dict], float]
+
+
+def reference(row: dict) -> str:
+    """The text that a row's completion should be: its completion, or its last assistant message."""
+    answer = row.get("completion", row.get("messages"))
+    if isinstance(answer, list):
+        answer = answer[-1]["content"]
+    if not isinstance(answer, str):
+        raise ConfigError(f"eval: a row with the fields {', '.join(row)} has no reference to compare with")
+    return answer
+
+
+def exact_match(completion: str, row: dict) -> float:
+    """1 where the completion equals the reference, but for white space around it."""
+    return float(completion.strip() == reference(row).strip())
+
+
+METRICS: dict[str, Metric] = {"exact_match": exact_match, "orders": orders.score}
+
+
+def is_path(name: str) -> bool:
+    """Whether a metric is named as file.py:function."""
+    return ".py:" in name
+
+
+def find(name: str, where: str) -> Metric:
+    """The metric of that name; `where` is the dotted key that errors name."""
+    if not is_path(name):
+        if name not in METRICS:
+            near = difflib.get_close_matches(name, METRICS, 1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ConfigError(f"{where}: no metric {name!r} (have {', '.join(METRICS)}, or file.py:function){hint}")
+        return METRICS[name]
+    file, _, function = name.rpartition(":")
+    path = pathlib.Path(file)
+    if not path.is_file():
+        raise ConfigError(f"{where}: no file {file}")
+    spec = importlib.util.spec_from_file_location(f"jaxpost_metric_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise ConfigError(f"{where}: {file} does not import: {type(error).__name__}: {error}") from error
+    if not callable(metric := getattr(module, function, None)):
+        raise ConfigError(f"{where}: {file} has no function {function}")
+    return metric

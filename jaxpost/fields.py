@@ -1,0 +1,22 @@
+"""Strict scalar types for config fields: 1 is not True, "5" is not 5, nan and inf are not numbers."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from annotated_types import Ge, Gt, Le
+from pydantic import AllowInfNan, ConfigDict, StrictBool, StrictFloat, StrictInt, StrictStr, StringConstraints
+
+SECTION = ConfigDict(extra="forbid", validate_default=True)  # of every section config
+
+Bool = StrictBool
+Int = StrictInt
+PosInt = Annotated[StrictInt, Gt(0)]
+NonNegInt = Annotated[StrictInt, Ge(0)]
+# A YAML integer is a fine float; a bool or a string is not.
+Float = Annotated[StrictFloat, AllowInfNan(False)]
+PosFloat = Annotated[Float, Gt(0)]
+NonNegFloat = Annotated[Float, Ge(0)]
+Fraction = Annotated[Float, Ge(0), Le(1)]
+Str = StrictStr
+NonEmptyStr = Annotated[StrictStr, StringConstraints(min_length=1)]

@@ -1,0 +1,190 @@
+"""The one loop. It sees a source, a step, an evaluator, a checkpointer and sinks, and no algorithm by name."""
+
+from __future__ import annotations
+
+import dataclasses
+import signal
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from pydantic import model_validator
+from pydantic.dataclasses import dataclass
+
+from jaxpost.errors import TrainingError
+from jaxpost.fields import SECTION, Bool, NonNegInt, PosFloat, PosInt
+from jaxpost.types import Frozen, Metrics, TrainState
+
+
+@dataclass(frozen=True, config=SECTION)
+class LoopConfig:
+    """How long to train and how often to look."""
+
+    steps: PosInt | None = None  # optimizer steps; or give epochs
+    epochs: PosFloat | None = None  # passes over the training data
+    micro_batches: PosInt = 1  # into which each batch is split to save memory; results do not change
+    log_every: PosInt = 1
+    eval_every: NonNegInt = 0  # 0: only at the end
+    eval_first: Bool = False  # evaluate the untouched model too
+    save_every: NonNegInt = 0  # 0: only at the end
+    max_skipped_in_a_row: PosInt = 10  # non-finite updates, then the run stops
+
+    @model_validator(mode="after")
+    def _one_length(self):
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("steps: give exactly one of loop.steps and loop.epochs")
+        return self
+
+
+@dataclasses.dataclass
+class Job:
+    """Built objects of one run; build.py makes it, run() drives it."""
+
+    state: TrainState
+    frozen: Frozen
+    train_step: Callable[[TrainState, Frozen, Any], tuple[TrainState, Metrics]]
+    source: Any
+    evaluate: Callable[[int, TrainState, Frozen], dict[str, float]]
+    checkpointer: Any
+    sinks: Any
+    total_steps: int
+    learning_rate: Callable[[int], float]
+    meta: dict[str, Any]  # saved beside every checkpoint
+    flops_per_token: float = 0.0
+    peak_flops: float | None = None  # of all devices together, None where not known
+    num_programs: int = 1  # declared batch shapes: one compilation each
+
+
+def run(config: LoopConfig, job: Job) -> TrainState:
+    """Train from job.state.step to job.total_steps; returns the last state. Saves and returns early on SIGTERM.
+
+    Raises TrainingError after config.max_skipped_in_a_row non-finite updates in a row.
+    """
+    state, previous = job.state, None
+    start = int(state.step)
+    clock = _Clock(job)
+    if start == 0 and config.eval_first:
+        _evaluate(job, 0, state)
+    with _StopSignal() as stop:
+        for step in range(start, job.total_steps):
+            batch = next(job.source)
+            with jax.profiler.StepTraceAnnotation("train", step_num=step):
+                state, metrics = job.train_step(state, job.frozen, batch)
+            job.source.publish(state, step + 1)
+            if step == start:
+                jax.block_until_ready(metrics)
+                job.sinks.event(f"first step after {clock.since_start():.1f} s, compilation included")
+            if previous is not None:  # the step before this one: it has surely landed, or will while this one runs
+                _log(config, job, clock, *previous)
+            job.meta["num_tokens"] += job.source.info["num_tokens"]
+            previous = (step + 1, metrics, job.source.info | {"total_tokens": job.meta["num_tokens"]})
+            if metrics["loss"].is_ready():  # a backend that runs a program inside its call, as CPUs do
+                _log(config, job, clock, *previous)
+                previous = None
+            done, last = step + 1, step + 1 == job.total_steps
+            stopping = stop.agreed(done)
+            evaluating = last or (config.eval_every and done % config.eval_every == 0)
+            saving = last or stopping or (config.save_every and done % config.save_every == 0)
+            if previous is not None and (evaluating or saving):
+                _log(config, job, clock, *previous)
+                previous = None
+            if evaluating and not stopping:
+                _evaluate(job, done, state)
+                clock.restart()
+            if saving:
+                job.sinks.flush()
+                job.checkpointer.save(done, state, job.source.state(), job.meta)
+                clock.restart()
+            _check_programs(job)
+            if stopping:
+                job.sinks.event(f"stopped by a signal at step {done}; saved. The same command goes on from here")
+                break
+    return state
+
+
+def _log(config: LoopConfig, job: Job, clock: _Clock, step: int, metrics: Metrics, info: dict) -> None:
+    """Read one step's metrics (the only device read of the loop), watch the guard, and write a line."""
+    clock.tokens += info["num_tokens"]
+    clock.steps += 1
+    if step % config.log_every and step != job.total_steps and step != 1:
+        return
+    values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+    in_a_row = int(values.pop("skipped_in_a_row"))
+    values["learning_rate"] = job.learning_rate(step - 1 - int(values["skipped_steps"]))
+    values |= {name: value for name, value in info.items() if name not in ("total_tokens", "example_ids")}
+    values |= clock.read() | {"num_tokens": info["total_tokens"]}
+    job.sinks.log(step, values, total_steps=job.total_steps)
+    if in_a_row:
+        job.sinks.event(
+            f"step {step}: loss {values['loss']:g}, grad_norm {values['grad_norm']:g}: update not applied "
+            f"({in_a_row} in a row); rows of its batch: {', '.join(info['example_ids'][:8])}"
+        )
+    if in_a_row >= config.max_skipped_in_a_row:
+        raise TrainingError(
+            f"step {step}: {in_a_row} non-finite updates in a row (loop.max_skipped_in_a_row); lower "
+            "optim.learning_rate, or look at the rows named in logs/events.log"
+        )
+
+
+def _evaluate(job: Job, step: int, state: TrainState) -> None:
+    if values := job.evaluate(step, state, job.frozen):
+        job.sinks.log(step, values, total_steps=job.total_steps)
+
+
+def _check_programs(job: Job) -> None:
+    """One compilation per declared batch shape, for the whole run."""
+    if (compiled := job.train_step._cache_size()) > job.num_programs:
+        raise TrainingError(f"the train step compiled {compiled} times for {job.num_programs} declared batch shapes")
+
+
+class _Clock:
+    """Tokens and steps between two reads, so that logging every k steps reports means over those k."""
+
+    def __init__(self, job: Job):
+        self._job, self._began = job, time.perf_counter()
+        self.restart()
+
+    def restart(self) -> None:
+        self._last, self.tokens, self.steps = time.perf_counter(), 0, 0
+
+    def since_start(self) -> float:
+        return time.perf_counter() - self._began
+
+    def read(self) -> dict[str, float]:
+        seconds = max(time.perf_counter() - self._last, 1e-9)
+        rate = self.tokens / seconds
+        values = {"tokens_per_sec": rate, "step_time": seconds / max(self.steps, 1)}
+        if self._job.peak_flops:
+            values["mfu"] = rate * self._job.flops_per_token / self._job.peak_flops
+        self.restart()
+        return values
+
+
+class _StopSignal:
+    """SIGTERM or Ctrl-C asks for a save at the next step boundary; every process takes the same decision."""
+
+    def __enter__(self):
+        self._asked = False
+        self._old = {}
+        for number in (signal.SIGTERM, signal.SIGINT):
+            try:
+                self._old[number] = signal.signal(number, self._ask)
+            except ValueError:  # not the main thread (a notebook, a server): the default handlers stay
+                pass
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number: int, frame: Any) -> None:
+        self._asked = True
+
+    def agreed(self, step: int) -> bool:
+        """Whether to stop after this step."""
+        if jax.process_count() == 1:
+            return self._asked
+        from jax.experimental import multihost_utils
+
+        return multihost_utils.reached_preemption_sync_point(step)

@@ -1,0 +1,1 @@
+"""Losses: pure maths on arrays, jax alone. Every loss is a weighted sum and returns (loss, metrics)."""

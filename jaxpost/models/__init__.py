@@ -1,0 +1,1 @@
+"""Decoders as plain pytrees with functional apply."""

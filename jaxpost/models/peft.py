@@ -1,0 +1,238 @@
+"""Adapters in PEFT's format: adapter_config.json and adapter_model.safetensors, out and in.
+
+PEFT keeps lora_A as [r, in] and lora_B as [out, r], the transposes of our a and b. What an adapter_config.json asks for
+beyond plain LoRA is refused by name: the loaded adapter would compute something else than it says.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import shutil
+import uuid
+from collections.abc import Mapping
+from types import ModuleType
+from typing import Any
+
+import jax
+import numpy as np
+import pydantic
+
+from jaxpost.errors import CheckpointError, ConfigError
+from jaxpost.lora import TARGETS, LoraConfig, abstract_adapters, adapted_layers, layer_pairs
+from jaxpost.models import hf, llama
+from jaxpost.models.safetensors_reader import read_header
+from jaxpost.models.spec import DecoderSpec, is_info
+
+CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+PREFIX = "base_model.model."
+
+READ = {"r", "lora_alpha", "use_rslora", "lora_dropout", "target_modules"}
+# These say how training began or which software wrote the file; the saved adapter is the same function.
+HARMLESS = {
+    "auto_mapping",
+    "peft_version",
+    "base_model_name_or_path",
+    "revision",
+    "inference_mode",
+    "runtime_config",
+    "loftq_config",
+    "eva_config",
+    "lora_ga_config",
+    "megatron_core",
+    "qalora_group_size",
+    "layers_to_transform",
+    "layers_pattern",
+    "exclude_modules",
+    "ensure_weight_tying",
+}
+ALLOWED = {
+    "peft_type": ("LORA",),
+    "task_type": ("CAUSAL_LM", None),
+    "bias": ("none",),
+    # Others (pissa, olora, corda, ..) also change the base weights, which the adapter file does not hold.
+    "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),
+}
+
+
+def save_peft(
+    folder: str | os.PathLike,
+    adapters: Any,
+    config: LoraConfig,
+    spec: DecoderSpec,
+    *,
+    base: str | None = None,
+    tokenizer: Any = None,
+    dtype: str | None = None,
+    family: ModuleType = llama,
+) -> pathlib.Path:
+    """Write a folder that PEFT opens; whole or not at all, and never over another's files.
+
+    base: hub name or path of the base model, for PEFT's AutoModels. tokenizer: has save(folder). dtype None keeps the
+    adapters' fp32, so that loading gives back the same bits.
+    """
+    from safetensors.numpy import save_file
+
+    if not config.rank:
+        raise ConfigError("lora.rank: 0 means that there is no adapter to write")
+    if dtype not in (None, *hf.DTYPES):
+        raise ConfigError(f"dtype {dtype!r} cannot be exported; one of {', '.join(hf.DTYPES)}")
+    folder = pathlib.Path(folder)
+    if folder.exists() and any(folder.iterdir()):
+        raise ConfigError(f"{folder}: exists and is not empty; choose another folder")
+    adapters = jax.device_get(adapters)
+    tensors = {}
+    for layer in adapted_layers(config, spec):
+        for target, pair in layer_pairs(adapters, spec, layer).items():
+            names = _tensor_names(family, target, layer)
+            for half, name in names.items():
+                tensors[name] = np.ascontiguousarray(pair[half].T, hf.DTYPES[dtype or "float32"])
+    partial = len(adapted_layers(config, spec)) < spec.num_layers
+    described = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": config.rank,
+        "lora_alpha": int(config.alpha) if config.alpha == int(config.alpha) else config.alpha,
+        "use_rslora": config.rslora,
+        "lora_dropout": config.dropout,
+        "target_modules": [_module(family, target, 0).rpartition(".")[2] for target in config.targets],
+        "layers_to_transform": list(adapted_layers(config, spec)) if partial else None,
+        "bias": "none",
+        "modules_to_save": None,
+        "use_dora": False,
+        "rank_pattern": {},
+        "alpha_pattern": {},
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+        "inference_mode": True,
+    }
+    temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.tmp")
+    temporary.mkdir(parents=True)
+    try:
+        save_file(tensors, temporary / WEIGHTS_FILE, metadata={"format": "pt"})
+        (temporary / CONFIG_FILE).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
+        if tokenizer is not None:
+            tokenizer.save(temporary)
+        temporary.replace(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return folder
+
+
+def load_peft(
+    folder: str | os.PathLike, spec: DecoderSpec, *, family: ModuleType = llama
+) -> tuple[LoraConfig, dict[str, Any]]:
+    """(config, adapter tree of host f32 arrays) of a PEFT folder; 16-bit files are widened.
+
+    Targets and layers follow from the tensors in the file. Raises ConfigError for options and adapters that we do not
+    compute, CheckpointError for missing or damaged files and for weights that do not fit the model.
+    """
+    folder = pathlib.Path(folder)
+    options = read_config(folder / CONFIG_FILE)
+    infos = read_header(_existing(folder / WEIGHTS_FILE))
+    placed: dict[tuple[int, str], dict[str, str]] = {}  # (layer, target) -> {"a": tensor name, "b": ..}
+    remaining = dict(infos)
+    for layer in range(spec.num_layers):
+        for target in TARGETS:
+            names = _tensor_names(family, target, layer)
+            found = {half: name for half, name in names.items() if remaining.pop(name, None) is not None}
+            if len(found) == 1:
+                raise CheckpointError(f"{folder}: {next(iter(found.values()))} has no partner lora_A or lora_B")
+            if found:
+                placed[layer, target] = found
+    if remaining:
+        raise ConfigError(f"{folder}: unsupported tensor {min(remaining)!r}: no adapted projection of this model")
+    config = _config(folder, options, placed, spec, family)
+    shapes = jax.tree.map(lambda info: info.struct, abstract_adapters(config, spec), is_leaf=is_info)
+    for (layer, target), names in placed.items():  # before anything is allocated
+        slot = spec.locate(layer)
+        for half, name in names.items():
+            wanted = shapes[slot.part][slot.key][TARGETS[target]][target][half].shape[:-3:-1]  # transposed, no stack
+            if infos[name].shape != wanted:
+                raise CheckpointError(f"{folder}: {name} is {infos[name].shape}, the model and r need {wanted}")
+    adapters = jax.tree.map(lambda struct: np.zeros(struct.shape, np.float32), shapes)
+    for (layer, target), names in placed.items():
+        slot = spec.locate(layer)
+        pair = adapters[slot.part][slot.key][TARGETS[target]][target]
+        for half, name in names.items():
+            pair[half][... if slot.repeat is None else slot.repeat] = infos[name].view(name).T
+    return config, adapters
+
+
+def read_config(file: pathlib.Path) -> dict[str, Any]:
+    """The options of an adapter_config.json; ConfigError names the first one that is not plain LoRA."""
+    options = hf.read_json(_existing(file))
+    if "peft_type" not in options:
+        raise CheckpointError(f"{file}: no PEFT config (peft_type is missing)")
+    for name, value in sorted(options.items()):
+        if name in ALLOWED:
+            # By type too: 1 equals True.
+            if not any(value == good and type(value) is type(good) for good in ALLOWED[name]):
+                raise ConfigError(f"{file}: {name} {value!r} is not supported, only {ALLOWED[name][0]!r}")
+        elif name in ("rank_pattern", "alpha_pattern"):
+            usual = options.get("r" if name == "rank_pattern" else "lora_alpha")
+            if value and (not isinstance(value, Mapping) or any(v != usual for v in value.values())):
+                raise ConfigError(
+                    f"{file}: {name} {value!r} is not supported: every projection has the same value here"
+                )
+        elif name not in READ | HARMLESS and value not in (None, False, {}, []):
+            raise ConfigError(f"{file}: {name} {repr(value)[:100]} is not supported")
+    return options
+
+
+def _config(folder: pathlib.Path, options: dict, placed: dict, spec: DecoderSpec, family: ModuleType) -> LoraConfig:
+    """The LoraConfig that names exactly the pairs in the file; refused where no LoraConfig does."""
+    targets = tuple(t for t in TARGETS if any(target == t for _, target in placed))
+    layers = sorted({layer for layer, _ in placed})
+    if not placed:
+        raise CheckpointError(f"{folder}: {WEIGHTS_FILE} holds no adapter")
+    for layer in layers:
+        for target in targets:
+            if (layer, target) not in placed:
+                raise ConfigError(
+                    f"{folder}: {_module(family, target, layer)} has no adapter though other layers' have: "
+                    "adapters that differ between layers are not supported"
+                )
+    if options.get("r") == 0:
+        raise CheckpointError(f"{folder}/{CONFIG_FILE}: r: 0 beside a file with adapters")
+    wanted = options.get("target_modules") or ()
+    for target in TARGETS:
+        name = _module(family, target, 0).rpartition(".")[2]
+        if isinstance(wanted, list) and name in wanted and target not in targets:
+            raise CheckpointError(f"{folder}: target_modules names {name}, {WEIGHTS_FILE} holds none")
+    first, last = layers[0], layers[-1]
+    if last - first + 1 != len(layers):
+        raise ConfigError(f"{folder}: adapters on layers {layers} are not supported, only on one range of layers")
+    try:
+        return LoraConfig(
+            rank=options["r"],
+            alpha=options["lora_alpha"],
+            rslora=options.get("use_rslora", False),
+            dropout=options.get("lora_dropout", 0.0),
+            targets=targets,
+            layers=None if len(layers) == spec.num_layers else f"{first}:{last + 1}",
+        )
+    except KeyError as error:
+        raise CheckpointError(f"{folder}/{CONFIG_FILE}: {error.args[0]} is missing") from None
+    except pydantic.ValidationError as error:
+        first_error = error.errors()[0]
+        where = ".".join(map(str, first_error["loc"])) or "lora"
+        raise ConfigError(f"{folder}/{CONFIG_FILE}: {where}: {first_error['msg']}") from None
+
+
+def _module(family: ModuleType, target: str, layer: int) -> str:
+    """Name of a projection's module in transformers, e.g. model.layers.3.self_attn.q_proj."""
+    return family.tensor_name(f"{TARGETS[target]}.{target}", layer).removesuffix(".weight")
+
+
+def _tensor_names(family: ModuleType, target: str, layer: int) -> dict[str, str]:
+    module = _module(family, target, layer)
+    return {"a": f"{PREFIX}{module}.lora_A.weight", "b": f"{PREFIX}{module}.lora_B.weight"}
+
+
+def _existing(file: pathlib.Path) -> pathlib.Path:
+    if not file.is_file():
+        raise CheckpointError(f"{file}: no such file; a PEFT adapter is {CONFIG_FILE} and {WEIGHTS_FILE}")
+    return file

@@ -1,0 +1,151 @@
+"""Mesh axes and the table from logical axes to mesh axes: changing the parallelism never edits a model."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from pydantic.dataclasses import dataclass
+
+from jaxpost.errors import ConfigError
+from jaxpost.fields import SECTION, Bool, Int
+
+AXES = ("data", "fsdp", "expert", "context", "tensor")
+BATCH = ("data", "fsdp")  # mesh axes over which the rows of a batch are split
+
+# logical axis -> mesh axes. Weights first, then activations.
+RULES: dict[str, str | tuple[str, ...] | None] = {
+    "layers": None,
+    "vocab": "tensor",
+    "embed": "fsdp",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "ffn": "tensor",
+    "norm": None,
+    "rank": None,
+    "batch": BATCH,
+    "length": "context",
+    "act_embed": None,
+    "act_heads": "tensor",
+    "act_kv_heads": "tensor",
+    "act_ffn": "tensor",
+}
+
+
+@dataclass(frozen=True, config=SECTION)
+class MeshConfig:
+    """Devices along each mesh axis; one axis may be -1: all that are left."""
+
+    data: Int = -1
+    fsdp: Int = 1
+    expert: Int = 1
+    context: Int = 1
+    tensor: Int = 1
+    distributed: Bool = False  # join the other processes of a cluster first (Cloud TPU, GKE, SLURM, Open MPI)
+
+
+def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
+    """The mesh a config asks for over `devices` (default: all); ConfigError where the sizes do not multiply up."""
+    devices = jax.devices() if devices is None else devices
+    sizes = {axis: getattr(config, axis) for axis in AXES}
+    if bad := [axis for axis, size in sizes.items() if size == 0 or size < -1]:
+        raise ConfigError(f"mesh.{bad[0]}: {sizes[bad[0]]} devices; give a positive number, or -1 for all that are left")
+    fill = [axis for axis, size in sizes.items() if size == -1]
+    if len(fill) > 1:
+        raise ConfigError(f"mesh.{fill[1]}: only one axis may be -1, and mesh.{fill[0]} is")
+    fixed = math.prod(size for size in sizes.values() if size > 0)
+    if fill:
+        if len(devices) % fixed:
+            raise ConfigError(f"mesh.{fill[0]}: {len(devices)} devices do not divide by the other axes' {fixed}")
+        sizes[fill[0]] = len(devices) // fixed
+    elif fixed != len(devices):
+        raise ConfigError(f"mesh: the axes multiply to {fixed} devices, {len(devices)} are here; set mesh.data: -1")
+    if sizes["expert"] > 1:
+        raise ConfigError("mesh.expert: only mixture-of-experts models split over it; set it to 1")
+    shape = tuple(sizes[axis] for axis in AXES)
+    if devices[0].platform == "cpu":
+        grid = np.asarray(devices).reshape(shape)
+    else:
+        from jax.experimental import mesh_utils
+
+        grid = mesh_utils.create_device_mesh(shape, devices=devices)
+    return Mesh(grid, AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(AXES))
+
+
+@dataclasses.dataclass(frozen=True)
+class Rules:
+    """A mesh with the logical-axis table that fits one model on it. Hashable: it is closed over by jitted programs."""
+
+    mesh: Mesh
+    replicated: frozenset[str] = frozenset()  # logical axes that stay whole although the table would split them
+
+    def spec(self, *logical: str | None) -> PartitionSpec:
+        """PartitionSpec of an array with these logical axes."""
+        return PartitionSpec(*(None if a is None or a in self.replicated else RULES[a] for a in logical))
+
+    def sharding(self, *logical: str | None) -> NamedSharding:
+        """NamedSharding of an array with these logical axes."""
+        return NamedSharding(self.mesh, self.spec(*logical))
+
+    def shard(self, x: jax.Array, *logical: str | None) -> jax.Array:
+        """Constrain an activation; free on a single device."""
+        if self.mesh.size == 1:
+            return x
+        return jax.lax.with_sharding_constraint(x, self.sharding(*logical))
+
+    @property
+    def batch_shards(self) -> int:
+        """Into how many parts the rows of a batch are split."""
+        return math.prod(self.mesh.shape[axis] for axis in BATCH)
+
+
+def rules_for(mesh: Mesh, *, num_heads: int, num_kv_heads: int, d_model: int, d_ff: int, vocab_size: int) -> Rules:
+    """The rules for one model on one mesh; ConfigError where an axis cannot split what it must.
+
+    KV heads that `tensor` does not divide are replicated (grouped-query models with few KV heads).
+    """
+    tensor, fsdp = mesh.shape["tensor"], mesh.shape["fsdp"]
+    for what, size in (("query heads", num_heads), ("ffn width", d_ff), ("vocabulary", vocab_size)):
+        if size % tensor:
+            raise ConfigError(f"mesh.tensor: {tensor} does not divide the model's {what} ({size})")
+    if d_model % fsdp:
+        raise ConfigError(f"mesh.fsdp: {fsdp} does not divide the model's width ({d_model})")
+    replicated = frozenset({"kv_heads", "act_kv_heads"}) if num_kv_heads % tensor else frozenset()
+    return Rules(mesh, replicated)
+
+
+def tree_shardings(infos: Any, rules: Rules) -> Any:
+    """NamedShardings of an abstract tree (leaves with `.axes`, e.g. models.spec.ParamInfo)."""
+    return jax.tree.map(lambda info: rules.sharding(*info.axes), infos, is_leaf=lambda x: hasattr(x, "axes"))
+
+
+def batch_sharding(rules: Rules, ndim: int) -> NamedSharding:
+    """Rows over data and fsdp, positions over context."""
+    return rules.sharding("batch", *(("length",) if ndim > 1 else ()), *(None,) * (ndim - 2))
+
+
+def check_divides(rows: int, micro_batches: int, rules: Rules) -> None:
+    """A batch that does not divide raises; nothing is silently replicated."""
+    shards = rules.batch_shards
+    if rows % (shards * micro_batches):
+        raise ConfigError(
+            f"data.batch_size: {rows} rows do not divide into {micro_batches} micro-batches over {shards} "
+            f"batch shards; use a multiple of {shards * micro_batches}"
+        )
+
+
+def host_rows(mesh: Mesh) -> tuple[int, int]:
+    """(shard_index, num_shards): which part of every global batch this process reads.
+
+    It follows from the batch coordinates of the process's devices, not from its index: processes that are joined by a
+    context or tensor axis read the same rows. Raises ConfigError where a process's coordinates are not one block.
+    """
+    grid = mesh.devices.reshape(math.prod(mesh.shape[axis] for axis in BATCH), -1)
+    mine = [i for i, row in enumerate(grid) if any(d.process_index == jax.process_index() for d in row)]
+    if mine != list(range(mine[0], mine[0] + len(mine))) or len(grid) % len(mine) or mine[0] % len(mine):
+        raise ConfigError("mesh: the devices of one process are not a block of the data and fsdp axes; reorder the axes")
+    return mine[0] // len(mine), len(grid) // len(mine)

@@ -1,0 +1,105 @@
+"""The train step: prepare, gradients over micro-batches, clip, update, and a guard against non-finite updates."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxpost.optim import clip_by_norm, global_norm
+from jaxpost.types import Array, Batch, Frozen, Mean, Metrics, Stream, TrainState
+
+COUNTERS = ("skipped_steps", "skipped_in_a_row")
+
+
+def init_state(params: dict, tx: optax.GradientTransformation, slow: dict) -> TrainState:
+    """A state at step 0. slow: role -> rule; each slow copy starts as a copy of the role's weights."""
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        opt_state=tx.init(params),
+        slow={role: jax.tree.map(jnp.copy, params[role]) for role in slow},
+        scalars={name: jnp.zeros((), jnp.int32) for name in COUNTERS},
+    )
+
+
+def make_step(
+    algorithm: Any,
+    apply: Any,
+    tx: optax.GradientTransformation,
+    *,
+    micro_batches: int = 1,
+    clip_norm: float | None = None,
+    trainable: Any = None,
+    seed: int = 0,
+    stochastic: bool = False,
+) -> Callable[[TrainState, Frozen, Batch], tuple[TrainState, Metrics]]:
+    """(state, frozen, batch) -> (state, metrics): pure, to be jitted with the state donated.
+
+    Weights are normalised over the whole batch before it is split, so micro_batches changes rounding only. An update
+    whose loss or gradient norm is not finite is not applied and counted in state.scalars; state.step advances all the
+    same. trainable: a tree of bools like params; a leaf marked False does not count in the norm. stochastic: hand the loss a key, folded from (seed, step, micro-batch); else its rng is None.
+    """
+
+    def train_step(state: TrainState, frozen: Frozen, batch: Batch) -> tuple[TrainState, Metrics]:
+        batch, scalars = algorithm.prepare(apply, state, frozen, batch)
+        rng = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), Stream.DROPOUT), state.step)
+
+        def value_and_grad(part: Batch, number: Array) -> tuple[Any, Metrics]:
+            key = jax.random.fold_in(rng, number) if stochastic else None
+            loss = lambda params: algorithm.loss(apply, params, frozen, part, key)  # noqa: E731
+            (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(state.params)
+            return grads, {"loss": value, **metrics}
+
+        grads, metrics = _accumulate(value_and_grad, batch, micro_batches)
+        norm = global_norm(grads, trainable)
+        updates, opt_state = tx.update(clip_by_norm(grads, norm, clip_norm), state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+
+        good = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"])
+        params, opt_state, scalars = _keep_if(
+            good, (params, opt_state, scalars), (state.params, state.opt_state, state.scalars)
+        )
+        skipped = state.scalars["skipped_steps"] + ~good
+        in_a_row = jnp.where(good, 0, state.scalars["skipped_in_a_row"] + 1)
+        new = TrainState(
+            step=state.step + 1,
+            params=params,
+            opt_state=opt_state,
+            slow={role: _move(rule, state.slow[role], params[role], state.step + 1) for role, rule in algorithm.slow.items()},
+            scalars={**scalars, "skipped_steps": skipped, "skipped_in_a_row": in_a_row},
+        )
+        metrics = {name: value.value if isinstance(value, Mean) else value for name, value in metrics.items()}
+        return new, {**metrics, "grad_norm": norm, "skipped_steps": skipped, "skipped_in_a_row": in_a_row}
+
+    return train_step
+
+
+def _accumulate(value_and_grad: Callable, batch: Batch, micro_batches: int) -> tuple[Any, Metrics]:
+    """Sum gradients and metrics over micro-batches. Each takes rows from every device: nothing is resharded."""
+    if micro_batches == 1:
+        return value_and_grad(batch, jnp.zeros((), jnp.int32))
+    parts = jax.tree.map(lambda x: x.reshape(-1, micro_batches, *x.shape[1:]).swapaxes(0, 1), batch)
+
+    def add(total: Any, scanned: tuple) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, value_and_grad(*scanned)), None
+
+    numbers = jnp.arange(micro_batches)
+    shapes = jax.eval_shape(value_and_grad, jax.tree.map(lambda x: x[0], parts), numbers[0])
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    return jax.lax.scan(add, zeros, (parts, numbers))[0]
+
+
+def _keep_if(good: Array, new: Any, old: Any) -> Any:
+    """new where good, else old, element by element (a branch would copy the state)."""
+    return jax.tree.map(lambda n, o: jnp.where(good, n, o), new, old)
+
+
+def _move(rule: Any, slow: Any, params: Any, step: Array) -> Any:
+    """A slow copy after one step: an EMA, or a copy every k steps (see SlowRule)."""
+    if rule.decay is not None:
+        return jax.tree.map(lambda s, p: rule.decay * s + (1 - rule.decay) * p, slow, params)
+    return jax.tree.map(lambda s, p: jnp.where(step % rule.every == 0, p, s), slow, params)
