@@ -116,9 +116,16 @@ def load_run(model: Model, saved: Config, located: Located) -> tuple[Any, Any]:
     return (None if saved.lora is None else load_weights(model, located.base)), trained
 
 
-def build_job(config: Config, sinks: Any, *, allow_changed: Sequence[str] = (), allow_fallback: bool = False) -> Job:
-    """A run ready for loop.run: restored from its newest checkpoint where there is one."""
-    model = build_model(config.model, config.mesh, config.lora)
+def build_job(
+    config: Config,
+    sinks: Any,
+    *,
+    allow_changed: Sequence[str] = (),
+    allow_fallback: bool = False,
+    devices: list | None = None,
+) -> Job:
+    """A run ready for loop.run, restored from its newest checkpoint where there is one. devices: default all."""
+    model = build_model(config.model, config.mesh, config.lora, devices)
     algorithm, policy, rules = config.algorithm, model.policy, model.rules
     check_divides(config.data.batch_size, config.loop.micro_batches, rules)
     shard_index, num_shards = host_rows(rules.mesh)

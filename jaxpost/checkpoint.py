@@ -44,10 +44,13 @@ class CheckpointConfig:
     async_write: Bool = True  # write and hash in the background
 
 
-class Checkpointer:
-    """Steps of one run directory. Reading changes nothing on disk; call preflight, under the run's lock, before saving."""
+DEFAULTS = CheckpointConfig()
 
-    def __init__(self, run_dir: str | os.PathLike, config: CheckpointConfig = CheckpointConfig()):
+
+class Checkpointer:
+    """Steps of one run directory. Reading changes nothing on disk; preflight, under the run's lock, comes before saving."""
+
+    def __init__(self, run_dir: str | os.PathLike, config: CheckpointConfig = DEFAULTS):
         self.folder = Path(run_dir).absolute() / "checkpoints"
         self._config = config
         self._orbax = None

@@ -37,7 +37,7 @@ class MetricsConfig:
 class Sinks:
     """All sinks of one run. writer: False on processes other than 0, where every call is a no-op."""
 
-    def __init__(self, run_dir: str | os.PathLike, config: MetricsConfig = MetricsConfig(), *, writer: bool = True):
+    def __init__(self, run_dir: str | os.PathLike, config: MetricsConfig, *, writer: bool = True):
         self._folder, self._config, self._writer = Path(run_dir), config, writer
         self._path = self._folder / "metrics.jsonl"
         self._file = self._events = self._board = None
@@ -60,7 +60,7 @@ class Sinks:
         self.close()
 
     def log(self, step: int, values: Mapping[str, Any], *, total_steps: int | None = None) -> None:
-        """Write numbers (Python, numpy, arrays of one element) under a step; total_steps lets the console tell time left."""
+        """Write numbers (Python, numpy, one-element arrays) under a step; total_steps gives the console the time left."""
         if not self._writer:
             return
         numbers = {name: _number(value) for name, value in values.items()}
@@ -94,7 +94,7 @@ class Sinks:
             self._board.flush()
 
     def truncate(self, step: int) -> None:
-        """Forget what was logged after `step`, the restored one; -1 forgets all (a run that died before its first save).
+        """Forget what was logged after `step`, the restored one; -1 forgets all, for a run that died before it saved.
 
         A line cut short by a crash goes too. TensorBoard gets a new file that tells it to drop the later steps.
         """

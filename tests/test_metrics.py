@@ -103,7 +103,7 @@ def test_lines_are_ascii_sparse_and_show_evaluations(tmp_path, capsys):
 
 def test_auto_console_is_a_bar_on_a_terminal(tmp_path, monkeypatch):
     class Terminal(io.StringIO):
-        isatty = lambda self: True  # noqa: E731
+        isatty = lambda self: True
 
     monkeypatch.setattr(sys, "stdout", Terminal())
     monkeypatch.setenv("TERM", "xterm")

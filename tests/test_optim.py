@@ -22,7 +22,7 @@ from jaxpost.optim import (
 
 def params(dtype=jnp.float32):
     rng = np.random.default_rng(0)
-    leaf = lambda *shape: jnp.asarray(rng.normal(size=shape), dtype)  # noqa: E731
+    leaf = lambda *shape: jnp.asarray(rng.normal(size=shape), dtype)
     layer = {"attn_norm": leaf(2, 3), "attn": {"q": leaf(2, 3, 3), "q_bias": leaf(2, 3)}}
     return {"policy": {"embed": leaf(5, 3), "blocks": {"0": layer}, "final_norm": leaf(3)}}
 

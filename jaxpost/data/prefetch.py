@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import multiprocessing.util  # noqa: F401  its exit hook must be older than ours, see Prefetch
 import queue
 import threading
 import weakref
@@ -25,8 +27,10 @@ class Prefetch(Iterator[Any]):
         self._over: _Failed | None = None
         self._thread = threading.Thread(target=_fill, args=(generator, self._items, self._stop), daemon=True)
         self._thread.start()
-        # Also at exit: a thread inside Grain while Python shuts down crashes.
-        self._finish = weakref.finalize(self, _end, self._thread, self._items, self._stop)
+        self._finish = weakref.finalize(self, _end, self._thread, self._stop)
+        # Exit hooks run newest first: ours, then multiprocessing's, which would wait for workers that still have rows.
+        self._finish.atexit = False
+        atexit.register(self._finish)
 
     def __next__(self) -> Any:
         if self._over is None:
@@ -40,6 +44,7 @@ class Prefetch(Iterator[Any]):
         """End the thread and what the generator holds; returns when both are gone."""
         self._over = _Failed(RuntimeError("the data source is closed"))
         self._finish()
+        atexit.unregister(self._finish)
 
 
 def _fill(generator: Generator[Any, None, None], items: queue.Queue[Any], stop: threading.Event) -> None:
@@ -65,6 +70,6 @@ def _put(items: queue.Queue[Any], item: Any, stop: threading.Event) -> bool:
     return False
 
 
-def _end(thread: threading.Thread, items: queue.Queue[Any], stop: threading.Event) -> None:
+def _end(thread: threading.Thread, stop: threading.Event) -> None:
     stop.set()
     thread.join(timeout=30.0)

@@ -11,7 +11,6 @@ import dataclasses
 import os
 import signal
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -29,6 +28,7 @@ CHUNK = 64  # records an element
 _ENDLESS = 1 << 40  # chunks: Grain wants a length
 _PASS = 4096  # records read ahead in a pass in file order
 _GRACE = 30.0  # seconds a worker outlives SIGTERM, for the save of the process that it feeds
+_told_to_end = threading.Event()  # in a worker: no more rows are wanted
 
 Task = Callable[[Record, str], "Example | tuple[Example, ...]"]  # (record, "FILE:LINE"); raises DataError
 
@@ -45,6 +45,7 @@ class Chunk:
     """Outcomes of consecutive records; a class of its own, so that Grain takes it for one leaf."""
 
     outcomes: tuple[tuple[Example, ...] | BadRow, ...]
+    pid: int  # of the process that made it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,14 +79,14 @@ class Stream:
         last = self.windows_per_epoch - 1
         return last * self.num_chunks(0) + self.num_chunks(last)
 
-    def chunk(self, number: int) -> Chunk:
+    def chunk(self, number: int) -> tuple[tuple[Example, ...] | BadRow, ...]:
         """Read and tokenise one chunk."""
         epoch, inside = divmod(number, self.chunks_per_epoch)
         window, part = divmod(inside, self.num_chunks(0))
         start, stop = self.bounds(window)
         start += part * CHUNK
         where = zip(*self.order.locate(epoch, start, min(start + CHUNK, stop)), strict=True)
-        return Chunk(tuple(self._outcome(int(source), int(record)) for source, record in where))
+        return tuple(self._outcome(int(source), int(record)) for source, record in where)
 
     def _outcome(self, source: int, index: int) -> tuple[Example, ...] | BadRow:
         records = self.records[source]
@@ -128,15 +129,13 @@ class _Elements:
     stream: Stream
     first: int
     stop: int
-    lease: str | None
 
     def __len__(self) -> int:
         return self.stop - self.first
 
     def __getitem__(self, index: int) -> Chunk:
-        if self.lease is not None and not os.path.exists(self.lease):
-            return Chunk(())
-        return self.stream.chunk(self.first + int(index))
+        outcomes = () if _told_to_end.is_set() else self.stream.chunk(self.first + int(index))
+        return Chunk(outcomes, os.getpid())
 
 
 class _Chunks:
@@ -150,8 +149,8 @@ class _Chunks:
         if not flags.FLAGS.is_parsed():
             flags.FLAGS.mark_as_parsed()
         self._workers = workers
-        self._lease = _lease() if workers else None
-        data = grain.MapDataset.source(_Elements(stream, first, stop, self._lease))
+        self._told: set[int] = set()  # workers that were told to end
+        data = grain.MapDataset.source(_Elements(stream, first, stop))
         if workers == 0:
             data = data.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=ahead))
         else:
@@ -167,32 +166,19 @@ class _Chunks:
         """End reading and the workers.
 
         A worker whose queue still holds more than a pipe takes cannot end, and Grain waits 25 s before it kills it. So:
-        without the lease workers send empty chunks, and the full ones are taken out of their queues first.
+        told by a signal, workers send empty chunks, and the full ones are taken out of their queues first.
         """
-        if self._lease is not None:
-            _remove(self._lease)
-            empty = 0
-            try:
-                while empty < self._workers:
-                    empty = 0 if next(self._iterator).outcomes else empty + 1
-            except (StopIteration, RuntimeError):  # the end of the stream, a worker that died, Python shutting down
-                pass
-            self._lease = None
+        empty = 0
+        try:
+            while empty < self._workers:
+                chunk = next(self._iterator)
+                empty = 0 if chunk.outcomes else empty + 1
+                if chunk.pid not in self._told:
+                    self._told.add(chunk.pid)
+                    os.kill(chunk.pid, signal.SIGUSR1)
+        except (StopIteration, RuntimeError, ValueError, ProcessLookupError):
+            pass  # the end, a worker that died, or Python's exit was here before us
         self._iterator.close()
-
-
-def _lease() -> str:
-    """An empty temporary file: while it exists, workers work."""
-    handle, path = tempfile.mkstemp(prefix="jaxpost-", suffix=".lease")
-    os.close(handle)
-    return path
-
-
-def _remove(path: str) -> None:
-    try:
-        os.unlink(path)
-    except FileNotFoundError:
-        pass
 
 
 def _start_worker(index: int, count: int) -> None:
@@ -203,6 +189,7 @@ def _start_worker(index: int, count: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # A scheduler may signal the whole group: the main process still wants rows until it has saved.
     signal.signal(signal.SIGTERM, lambda *_: _end_in(_GRACE))
+    signal.signal(signal.SIGUSR1, lambda *_: _told_to_end.set())
     parent = os.getppid()
 
     def watch() -> None:

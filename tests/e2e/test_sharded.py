@@ -1,0 +1,43 @@
+"""The same tiny run on 1 and on 8 devices, on every mesh axis of this model: equal losses and gradient norms."""
+
+import jax
+import numpy as np
+import pytest
+
+from jaxpost import loop
+from jaxpost.build import build_job
+from jaxpost.metrics import MetricsConfig, Sinks
+from tests import tiny
+
+MESHES = [
+    {"data": 8},
+    {"data": 1, "fsdp": 8},
+    {"data": 1, "tensor": 8},
+    {"data": 2, "fsdp": 2, "tensor": 2},
+]
+
+
+def curve(folder, mesh, devices, **sections):
+    config = tiny.load(folder, mesh=mesh, loop={"steps": 4}, **sections)
+    with Sinks(config.run_dir, MetricsConfig(tensorboard=False, console="none")) as sinks:
+        job = build_job(config, sinks, devices=devices)
+        with job.checkpointer:
+            loop.run(config.loop, job)
+            job.source.close()
+    return {name: tiny.metric(config.run_dir, name) for name in ("loss", "grad_norm", "eval/loss")}
+
+
+@pytest.mark.parametrize("lora", [None, {"rank": 4, "alpha": 8.0}], ids=["full", "lora"])
+def test_one_device_equals_eight(tmp_path, lora):
+    alone = curve(tmp_path / "one", {"data": 1}, jax.devices()[:1], lora=lora)
+    for i, mesh in enumerate(MESHES):
+        shared = curve(tmp_path / str(i), mesh, jax.devices(), lora=lora)
+        for name, values in alone.items():
+            np.testing.assert_allclose(shared[name], values, rtol=2e-5, err_msg=f"{name} on {mesh}")
+
+
+def test_a_batch_that_does_not_divide_is_refused(tmp_path):
+    from jaxpost.errors import ConfigError
+
+    with pytest.raises(ConfigError, match="data.batch_size: 6 rows do not divide into 1 micro-batches over 8"):
+        curve(tmp_path, {"data": 8}, jax.devices(), data={"batch_size": 6})
