@@ -48,7 +48,7 @@ DEFAULTS = CheckpointConfig()
 
 
 class Checkpointer:
-    """Steps of one run directory. Reading changes nothing on disk; preflight, under the run's lock, comes before saving."""
+    """Steps of one run directory. Reading changes nothing on disk; preflight, under the run's lock, precedes saving."""
 
     def __init__(self, run_dir: str | os.PathLike, config: CheckpointConfig = DEFAULTS):
         self.folder = Path(run_dir).absolute() / "checkpoints"

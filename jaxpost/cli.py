@@ -56,7 +56,6 @@ class Arguments:
     flags: dict[str, Any]  # flag name -> value
     overrides: tuple[str, ...]  # key=value, in the order typed
     positional: tuple[str, ...]  # the rest
-    prog: str = ""  # for messages
 
     @property
     def config(self) -> str | None:
@@ -120,8 +119,7 @@ def parse(argv: Sequence[str], flags: Sequence[Flag]) -> Arguments:
         raise ConfigError(" ".join(str(error).split())) from None
     overrides = tuple(arg for arg in rest if _OVERRIDE.match(arg))
     positional = tuple(arg for arg in rest if not _OVERRIDE.match(arg))
-    prog = os.path.basename(argv[0])
-    return Arguments({flag.name: values[flag.name].value for flag in known}, overrides, positional, prog)
+    return Arguments({flag.name: values[flag.name].value for flag in known}, overrides, positional)
 
 
 def help_text(doc: str, flags: Sequence[Flag]) -> str:

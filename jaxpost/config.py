@@ -82,6 +82,12 @@ class Config:
             _ = self.data.sources
         except ConfigError as error:
             raise ValueError(str(error)) from None
+        looks = {"loop.eval_every": self.loop.eval_every, "loop.eval_first": self.loop.eval_first}
+        looks |= {"eval.samples": self.eval.samples}
+        if (asked := [key for key, value in looks.items() if value]) and not (self.data.eval or self.eval.tasks):
+            raise ValueError(f"{asked[0]}: there is nothing to evaluate; give data.eval or eval.tasks")
+        if self.eval.metric is not None and not self.data.eval:
+            raise ValueError("eval.metric: it scores answers to the prompts of data.eval, and there is none")
         if self.data.batch_size % self.loop.micro_batches:
             raise ValueError(
                 f"loop.micro_batches: {self.loop.micro_batches} does not divide data.batch_size {self.data.batch_size}"
@@ -107,7 +113,7 @@ HARMLESS = (
 
 @dataclasses.dataclass(frozen=True)
 class Loaded:
-    """A checked config, and where each of its values came from."""
+    """A checked config, and where each of its values came from (nothing is known of one made in Python: {})."""
 
     config: Config
     origins: dict[Path, compose.Origin]
@@ -117,8 +123,8 @@ class Loaded:
         return str(self.origins.get(path, "default"))
 
     def dump(self) -> str:
-        """The resolved config as YAML with the provenance of every leaf; secrets show as ***."""
-        return yaml_loader.dump(compose.escape(redact(to_tree(self.config))), self.provenance)
+        """The resolved config as YAML, with the provenance of every leaf if it was loaded; secrets show as ***."""
+        return yaml_loader.dump(compose.escape(redact(to_tree(self.config))), self.provenance if self.origins else None)
 
 
 def load(path: str | os.PathLike | None, overrides: Sequence[str] = ()) -> Loaded:
@@ -149,8 +155,10 @@ def load_saved(run_dir: str | os.PathLike) -> Config:
     draft.tree = compose.unescape(draft.tree)
     section = draft.tree.get("eval")
     if isinstance(section, dict):
-        section["metric"] = _named(section.get("metric"))
-        section["tasks"] = [task for task in section.get("tasks", []) if _named(task.get("metric")) is not None]
+        if _is_code(section.get("metric")):
+            section["metric"] = None
+        if isinstance(section.get("tasks"), list):
+            section["tasks"] = [t for t in section["tasks"] if not (isinstance(t, dict) and _is_code(t.get("metric")))]
     return _check(draft)
 
 
@@ -233,8 +241,8 @@ def _field_comments(cls: type) -> dict[str, str]:
     return dict(re.findall(r"^    (\w+): [^#\n]*#\s*(.+)$", inspect.getsource(cls), re.MULTILINE))
 
 
-def _named(metric: str | None) -> str | None:
-    return None if metric is None or is_path(metric) else metric
+def _is_code(metric: Any) -> bool:
+    return isinstance(metric, str) and is_path(metric)
 
 
 def _refuse_code_in_files(draft: compose.Draft) -> None:

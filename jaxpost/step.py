@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxpost.optim import clip_by_norm, global_norm
 from jaxpost.types import Array, Batch, Frozen, Mean, Metrics, Stream, TrainState
 
 COUNTERS = ("skipped_steps", "skipped_in_a_row")
@@ -41,7 +40,8 @@ def make_step(
 
     Weights are normalised over the whole batch before it is split, so micro_batches changes rounding only. An update
     whose loss or gradient norm is not finite is not applied and counted in state.scalars; state.step advances all the
-    same. trainable: a tree of bools like params; a leaf marked False does not count in the norm. stochastic: hand the loss a key, folded from (seed, step, micro-batch); else its rng is None.
+    same. trainable: a tree of bools like params; the gradient of a leaf marked False is dropped before the norm is
+    taken. stochastic: hand the loss a key, folded from (seed, step, micro-batch); else its rng is None.
     """
 
     def train_step(state: TrainState, frozen: Frozen, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -55,8 +55,11 @@ def make_step(
             return grads, {"loss": value, **metrics}
 
         grads, metrics = _accumulate(value_and_grad, batch, micro_batches)
-        norm = global_norm(grads, trainable)
-        updates, opt_state = tx.update(clip_by_norm(grads, norm, clip_norm), state.opt_state, state.params)
+        if trainable is not None:
+            grads = jax.tree.map(lambda wanted, g: g if wanted else jnp.zeros_like(g), trainable, grads)
+        norm = optax.global_norm(grads)
+        scale = 1.0 if clip_norm is None else jnp.minimum(1.0, clip_norm / (norm + 1e-6))  # as torch's clip_grad_norm_
+        updates, opt_state = tx.update(jax.tree.map(lambda g: g * scale, grads), state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
 
         good = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"])

@@ -29,8 +29,11 @@ def run(
     overwrite: bool = False,
     allow_changed: Sequence[str] = (),
     allow_fallback: bool = False,
+    devices: list | None = None,
 ) -> Any:
-    """Train as config (a jaxpost.Config) says and return the last TrainState. dump: the text saved as config.yaml.
+    """Train as config (a jaxpost.Config) says and return the last TrainState.
+
+    dump: the text saved as config.yaml, with provenance. devices: those that the mesh is laid over, default all.
 
     Raises a JaxpostError that says what to do; never leaves a damaged checkpoint.
     """
@@ -49,7 +52,9 @@ def run(
         if saved.exists():
             check_resume(saved, config, allow_changed)
         with Sinks(config.run_dir, config.metrics) as sinks:
-            job = build_job(config, sinks, allow_changed=allow_changed, allow_fallback=allow_fallback)
+            job = build_job(
+                config, sinks, allow_changed=allow_changed, allow_fallback=allow_fallback, devices=devices
+            )
             replace_file(saved, dump or Loaded(config, {}).dump())
             rundir.write_env(config.run_dir)
             with job.checkpointer, contextlib.closing(job.source):

@@ -132,6 +132,8 @@ CASES = [
     ("loop.epochs=1", "x.yaml:14: loop.steps: give exactly one of loop.steps and loop.epochs"),
     ("loop.micro_batches=3", "loop.micro_batches: 3 does not divide data.batch_size 4 (command line)"),
     ("seed=99999999999", "seed: must be at most 4294967295, not 99999999999 (command line)"),
+    ("loop.eval_every=2", "loop.eval_every: there is nothing to evaluate; give data.eval or eval.tasks (command line)"),
+    ("eval.metric=exact_match", "eval.metric: it scores answers to the prompts of data.eval, and there is none"),
     ("data.train=[]", "data.train: no source; name one, or pass data.path=FILE (command line)"),
     ("data.path=x.foo", "data.path: "),
     ("data.train.2.source=x", "data.train.2: the list has positions 0 to 0, and 1 for one more (command line)"),
@@ -203,7 +205,7 @@ def test_relative_paths(tmp_path, monkeypatch, file):
 
 
 def test_code_is_taken_from_the_command_line_only(tmp_path, file):
-    loaded = config.load(file, ["eval.metric=score.py:f"])
+    loaded = config.load(file, ["eval.metric=score.py:f", "data.eval.0.source=jsonl:b"])
     assert loaded.config.eval.metric == f"{os.getcwd()}/score.py:f"
     (tmp_path / "config.yaml").write_text(loaded.dump())
     with pytest.raises(ConfigError, match="code is only taken from the command line; type eval.metric="):
@@ -216,7 +218,7 @@ def test_code_is_taken_from_the_command_line_only(tmp_path, file):
 def test_a_changed_config_is_refused_field_by_field(tmp_path, file):
     saved = tmp_path / "config.yaml"
     saved.write_text(config.load(file).dump())
-    harmless = ["mesh.fsdp=2", "data.workers=2", "loop.log_every=5", "checkpoint.keep=3", "eval.samples=2"]
+    harmless = ["mesh.fsdp=2", "data.workers=2", "loop.log_every=5", "checkpoint.keep=3", "eval.batch_size=2"]
     config.check_resume(saved, config.load(file, harmless).config)
     typed = ["seed=3", "lora.targets=[q]", "data.train.1.source=jsonl:b", "model.source=hf:a/b"]
     changed = config.load(file, typed).config

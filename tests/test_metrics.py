@@ -60,13 +60,12 @@ def test_a_cut_line_does_not_swallow_the_next_one(tmp_path):
 
 def scalars(folder):
     """(step, value) of loss in every TensorBoard file, and the steps at which a restart asked to purge."""
-    from tensorboardX.event_file_writer import EventsWriter  # noqa: F401  the format: length, crc, event, crc
     from tensorboardX.proto.event_pb2 import Event, SessionLog
 
     points, purges = [], []
     for path in sorted(folder.iterdir(), key=lambda p: p.stat().st_mtime_ns):
         data, at = path.read_bytes(), 0
-        while at < len(data):
+        while at < len(data):  # length (8 bytes), its crc (4), event, its crc (4)
             size = int.from_bytes(data[at : at + 8], "little")
             event = Event.FromString(data[at + 12 : at + 12 + size])
             at += 16 + size

@@ -55,7 +55,7 @@ class Lines:
         return len(self._starts)
 
     def where(self, index: int) -> str:
-        """"FILE:LINE", lines counted from 1, empty ones too, as editors do."""
+        """FILE:LINE, lines counted from 1, empty ones too, as editors do."""
         return f"{self.name}:{self._numbers[index]}"
 
     def read(self, index: int) -> Record:
@@ -110,7 +110,7 @@ class Parquet:
         return int(self._ends[-1]) if len(self._ends) else 0
 
     def where(self, index: int) -> str:
-        """"FILE:ROW", rows counted from 1."""
+        """FILE:ROW, rows counted from 1."""
         return f"{self.name}:{index + 1}"
 
     def read(self, index: int) -> Record:
@@ -168,7 +168,7 @@ class Tfds:
         return self._size
 
     def where(self, index: int) -> str:
-        """"NAME/SPLIT:ROW", rows counted from 1."""
+        """NAME/SPLIT:ROW, rows counted from 1."""
         return f"{self.name}/{self.split}:{index + 1}"
 
     def read(self, index: int) -> Record:
@@ -216,7 +216,9 @@ def _index_lines(path: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
                 sizes.append(size - skip)
                 numbers.append(number)
             offset += size
-    return tuple(np.frombuffer(column, np.int64) if column else np.zeros(0, np.int64) for column in (starts, sizes, numbers))
+    return tuple(
+        np.frombuffer(column, np.int64) if column else np.zeros(0, np.int64) for column in (starts, sizes, numbers)
+    )
 
 
 def _gunzip(name: str, path: str) -> None:

@@ -1,9 +1,10 @@
 """The global order of records: a pure function of (seed, epoch, position), so that any place is reached without replay.
 
-Without weights an epoch holds every record once. With weights w it has as many records as all sources together, a share
-w/sum(w) of them drawn from each source; a source smaller than its share is read again, a larger one goes on where the last
-epoch stopped. Either way no record of a source comes again before all its others came (a *pass*), and every pass has its
-own shuffle. Sources are spread evenly over the epoch: after any prefix each of K is within (K + 1)/2 records of its share.
+Without weights an epoch holds every record once. With weights w it has as many records as all sources together, a
+share w/sum(w) of them, rounded, drawn from each source; a source smaller than its share is read again, a larger one
+goes on where the last epoch stopped. Either way no record of a source comes again before all its others came (a
+*pass*), and every pass has its own shuffle. Sources are spread evenly over the epoch: after any prefix each of K is
+within (K + 1)/2 records of its share.
 """
 
 from __future__ import annotations

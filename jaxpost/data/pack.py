@@ -77,9 +77,10 @@ def bucket_rows(
 ) -> list[Row]:
     """One unit a row, rows ordered so that every batch has one width, the smallest bucket that holds its units.
 
-    What does not fill a batch moves to the next wider bucket; what is left at the widest comes last and shares its batch
-    with the next window. filled: rows that the window before left in the current batch; it is completed with the widest
-    units here, and the batch takes the width of its widest row. key shuffles the batches; None keeps narrow before wide.
+    What does not fill a batch moves to the next wider bucket; what is left at the widest comes last and shares its
+    batch with the next window. filled: rows that the window before left in the current batch; it is completed with the
+    widest units here, and the batch takes the width of its widest row. key shuffles the batches; None keeps narrow
+    before wide.
     """
     by_bucket: list[list[int]] = [[] for _ in buckets]
     for unit, length in enumerate(lengths):
@@ -110,9 +111,9 @@ def shuffle_rows(rows: list[Row], key: int) -> list[Row]:
 def fit_unit(unit: Unit, width: int, truncation: Truncation, max_segments: int) -> tuple[Unit | None, str]:
     """(the unit as it will be packed, or None if it is dropped; the counter that says why, or "").
 
-    right keeps the first width + 1 tokens, left the last; both apply to units of one example (cutting one half of a pair
-    would change what is compared: such a unit is dropped). Counters: truncated, dropped/{too_short, too_long, no_target}.
-    Raises DataError on a unit that does not fit under truncation "error".
+    right keeps the first width + 1 tokens, left the last; both apply to units of one example (cutting one half of a
+    pair would change what is compared: such a unit is dropped). Counters: truncated, dropped/{too_short, too_long,
+    no_target}. Raises DataError on a unit that does not fit under truncation "error".
     """
     if any(len(example.tokens) < 2 for example in unit):
         return None, "dropped/too_short"

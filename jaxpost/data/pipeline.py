@@ -2,10 +2,10 @@
 
     sources -> order (seed, epoch) -> windows of records, tokenised by Grain -> plan (lengths) -> rows -> global batches
 
-A batch is the next batch_size rows of an endless stream of rows: epoch after epoch, window after window; where an epoch
-does not fill its last batch, rows of the next epoch complete it, so no example is lost and none comes twice in an epoch.
-Everything up to the global batch is the same on every host; a host then builds the rows of its own slice. The position is
-(epoch, window, row): restoring tokenises one window and counts rows; no record before that window is read.
+A batch is the next batch_size rows of an endless stream of rows: epoch after epoch, window after window; where an
+epoch does not fill its last batch, rows of the next epoch complete it, so no example is lost and none comes twice in an
+epoch. Everything up to the global batch is the same on every host; a host then builds the rows of its own slice. The
+position is (epoch, window, row): restoring tokenises one window and counts rows; no record before that window is read.
 
 Every host tokenises the whole window, not its part of it.
 """
@@ -268,17 +268,13 @@ def open_stream(
     records = tuple(open_source(source, f"{name}[{i}].source") for i, source in enumerate(sources))
     weights = [source.weight for source in sources]
     try:
-        order = Order(
-            [len(part) for part in records], None if None in weights else weights, key=key, shuffle=shuffle
-        )
+        order = Order([len(part) for part in records], None if None in weights else weights, key=key, shuffle=shuffle)
     except ValueError as error:
         raise ConfigError(f"{name}: {error}") from None
     return Stream(records, tuple(make_task(source) for source in sources), order, window)
 
 
-def admit_one(
-    outcome: Unit | BadRow, config: DataConfig, counters: dict[str, int], *, report: bool
-) -> Unit | None:
+def admit_one(outcome: Unit | BadRow, config: DataConfig, counters: dict[str, int], *, report: bool) -> Unit | None:
     """The unit to pack, or None; counts what happened. Raises DataError on a bad row unless they are skipped."""
     counters["rows_read"] += 1
     if isinstance(outcome, BadRow):

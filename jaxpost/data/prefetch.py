@@ -16,8 +16,6 @@ class _Failed:
         self.error = error
 
 
-
-
 class Prefetch(Iterator[Any]):
     """Items of a generator, in order; an exception comes where it happened, and again on every later call."""
 

@@ -50,7 +50,7 @@ class SourceConfig:
                 "jsonl:GLOB or parquet:GLOB"
             )
         if kind not in FILE_KINDS and kind != "tfds":
-            raise ValueError(f"source: {self.source}: unknown kind; use jsonl:GLOB, parquet:GLOB, text:GLOB or tfds:NAME")
+            raise ValueError(f"source: {self.source}: unknown kind; use jsonl:, parquet: or text:GLOB, or tfds:NAME")
         if not pattern:
             raise ValueError(f"source: {self.source}: nothing after '{kind}:'")
         if self.split is not None and kind != "tfds":
@@ -88,7 +88,8 @@ class Records:
     def fingerprint(self) -> dict[str, object]:
         """What identifies the records and their order: content and fields, not the folder they lie in."""
         content = hashlib.sha256("".join(reader.fingerprint for reader in self._readers).encode()).hexdigest()[:16]
-        return {"content": content, "records": self._size, "skip": self._config.skip, "columns": dict(self._config.columns)}
+        config = self._config
+        return {"content": content, "records": self._size, "skip": config.skip, "columns": dict(config.columns)}
 
     def _locate(self, index: int) -> tuple[files.Reader, int]:
         if not 0 <= index < self._size:
@@ -98,7 +99,7 @@ class Records:
         return self._readers[part], index - (int(self._ends[part - 1]) if part else 0)
 
     def where(self, index: int) -> str:
-        """"FILE:LINE" of record index: its stable id."""
+        """ "FILE:LINE" of record index: its stable id."""
         reader, local = self._locate(index)
         return reader.where(local)
 
@@ -142,7 +143,7 @@ def _rename(record: Record, columns: Mapping[str, str]) -> Record:
     """The record with each column under the field's name that the task reads."""
     if not columns:
         return record
-    for field, column in columns.items():
+    for column in columns.values():
         if column not in record:
             raise RowError(f"missing; the row has {', '.join(sorted(map(str, record))) or 'no fields'}", column)
     taken = set(columns.values())

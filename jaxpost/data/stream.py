@@ -1,13 +1,14 @@
 """Records in global order, tokenised by Grain, one window at a time.
 
-Grain runs the reading and the tasks, in this process (one reading thread) or in worker processes. One in, one out: a bad
-row becomes a BadRow, so that the number of workers changes nothing. Elements are chunks of records, because a message
-between processes costs as much as tokenising a short row. This module and what workers import with it stay free of jax.
+Grain runs the reading and the tasks, in this process (one reading thread) or in worker processes. One in, one out: a
+bad row becomes a BadRow, so that the number of workers changes nothing. Elements are chunks of records, because a
+message between processes costs as much as tokenising a short row.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import multiprocessing
 import os
 import signal
 import sys
@@ -160,7 +161,10 @@ class _Chunks:
         self._iterator = iter(data)
 
     def __next__(self) -> Chunk:
-        return next(self._iterator)
+        chunk = next(self._iterator)
+        if not chunk.outcomes:
+            raise RuntimeError(f"data worker {chunk.pid} was told to end by a signal that we did not send")
+        return chunk
 
     def close(self) -> None:
         """End reading and the workers.
@@ -175,7 +179,7 @@ class _Chunks:
                 empty = 0 if chunk.outcomes else empty + 1
                 if chunk.pid not in self._told:
                     self._told.add(chunk.pid)
-                    os.kill(chunk.pid, signal.SIGUSR1)
+                    os.kill(chunk.pid, signal.SIGUSR2)
         except (StopIteration, RuntimeError, ValueError, ProcessLookupError):
             pass  # the end, a worker that died, or Python's exit was here before us
         self._iterator.close()
@@ -189,8 +193,8 @@ def _start_worker(index: int, count: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # A scheduler may signal the whole group: the main process still wants rows until it has saved.
     signal.signal(signal.SIGTERM, lambda *_: _end_in(_GRACE))
-    signal.signal(signal.SIGUSR1, lambda *_: _told_to_end.set())
-    parent = os.getppid()
+    signal.signal(signal.SIGUSR2, lambda *_: _told_to_end.set())
+    parent = multiprocessing.parent_process().pid
 
     def watch() -> None:
         while os.getppid() == parent:

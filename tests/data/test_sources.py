@@ -44,7 +44,8 @@ def test_gz_equals_plain_and_is_picklable(tmp_path):
 
 def test_damaged_gz_is_named(tmp_path):
     whole = gzip.compress(b'{"text": "a"}\n' * 500)
-    for name, content in [("cut", whole[:-20]), ("none", b"not gzip at all"), ("flip", whole[:30] + b"!!" + whole[32:])]:
+    damaged = {"cut": whole[:-20], "none": b"not gzip at all", "flip": whole[:30] + b"!!" + whole[32:]}
+    for name, content in damaged.items():
         path = tmp_path / f"{name}.jsonl.gz"
         path.write_bytes(content)
         with pytest.raises(DataError, match=f"{name}.jsonl.gz: damaged gzip"):
@@ -192,13 +193,13 @@ def test_fuzzed_lines_never_escape():
     """400 seeded mutations of good lines: a record of clean values, or a RowError of one printable line."""
     rng = random.Random(0)
     good = [line for line, _ in BAD[:18]] + [b'{"text": "caf\xc3\xa9", "n": [1, 2.5, null, {"a": true}]}']
+    pieces = [b"", b"\0", b"\\ud83d", b"NaN", b'"', b"{", b"\xff", b"\r", b"\xef\xbb\xbf", b"1e400", b",,"]
     refused = 0
     for _ in range(400):
         line = bytearray(rng.choice(good))
         for _ in range(rng.randint(1, 4)):
             place = rng.randrange(len(line) + 1)
-            change = rng.choice([b"", b"\0", b"\\ud83d", b"NaN", b'"', b"{", b"\xff", b"\r", b"\xef\xbb\xbf", b"1e400", b",,"])
-            line[place : place + rng.randint(0, 2)] = change
+            line[place : place + rng.randint(0, 2)] = rng.choice(pieces)
         try:
             record = parse_json(bytes(line))
         except RowError as error:

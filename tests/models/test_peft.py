@@ -28,6 +28,7 @@ CONFIGS = {
     "qv": LoraConfig(rank=2, alpha=16.0, dropout=0.1, targets=("q", "v")),
     "rslora": LoraConfig(rank=4, alpha=3.0, rslora=True, targets=("o", "up", "down"), layers="1:3"),
 }
+OURS = ("qv", "rslora")  # python tests/models/test_peft.py writes their tests/golden/jaxpost_peft_<case>
 
 
 @functools.cache
@@ -72,6 +73,21 @@ def test_what_we_write_is_what_peft_wrote(case, tmp_path):
     for options in (ours, wanted):
         options["target_modules"] = sorted(options["target_modules"])
     assert ours.items() <= wanted.items()
+
+
+@pytest.mark.parametrize("case", OURS)
+def test_what_peft_was_shown_is_what_we_write(case, tmp_path):
+    """tests/parity/test_peft_loads.py opens the committed folders in an environment without jaxpost."""
+    write_ours(case, tmp_path / "a")
+    shown = GOLDEN / f"jaxpost_peft_{case}"
+    ours, wanted = (load_file(folder / peft.WEIGHTS_FILE) for folder in (tmp_path / "a", shown))
+    assert ours.keys() == wanted.keys() and all(np.array_equal(ours[name], wanted[name]) for name in wanted)
+    assert (tmp_path / "a" / peft.CONFIG_FILE).read_text() == (shown / peft.CONFIG_FILE).read_text()
+
+
+def write_ours(case: str, folder: pathlib.Path) -> None:
+    config, adapters = peft.load_peft(GOLDEN / f"peft_{case}", SPEC)
+    peft.save_peft(folder, adapters, config, SPEC)
 
 
 @pytest.mark.parametrize("case", CONFIGS)
@@ -197,3 +213,9 @@ def copied(case: str, tmp_path: pathlib.Path) -> pathlib.Path:
 def edit(folder: pathlib.Path, changes: dict) -> None:
     file = folder / peft.CONFIG_FILE
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+if __name__ == "__main__":
+    for name in OURS:
+        shutil.rmtree(GOLDEN / f"jaxpost_peft_{name}", ignore_errors=True)
+        write_ours(name, GOLDEN / f"jaxpost_peft_{name}")

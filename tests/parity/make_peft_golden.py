@@ -1,9 +1,10 @@
 """Adapters saved by PEFT and the logits of transformers + PEFT with them, for tests/models/test_peft.py.
 
-Run in the parity environment: HF_HUB_OFFLINE=1 python tests/parity/make_peft_golden.py
+Runs in the parity environment, which launch/parity.sh makes: python tests/parity/make_peft_golden.py
 Writes tests/golden/peft_<case>/ (PEFT's own two files) and tests/golden/peft_logits.npz.
 """
 
+import json
 import pathlib
 import shutil
 
@@ -48,6 +49,10 @@ def main() -> None:
         shutil.rmtree(folder, ignore_errors=True)
         model.save_pretrained(folder)
         (folder / "README.md").unlink()
+        file = folder / "adapter_config.json"
+        options = json.loads(file.read_text())
+        options["target_modules"].sort()  # a set in PEFT
+        file.write_text(json.dumps(options, indent=2) + "\n")
         logits[case] = model(tokens).logits.detach().numpy()
         print(case, "moves the logits by", np.abs(logits[case] - logits["base"]).max())
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}, peft {peft.__version__}"

@@ -1,0 +1,98 @@
+"""Write the model of a run for other programs.
+
+  python -m jaxpost.export RUN --to=hf      a folder that transformers, vLLM, .. open; adapters are merged in
+  python -m jaxpost.export RUN --to=peft    the adapters alone, in PEFT's format
+
+RUN is a run directory. The result is in RUN/export/hf or RUN/export/peft, with the tokenizer.
+"""
+
+from __future__ import annotations
+
+import os
+import pathlib
+from typing import Any
+
+from jaxpost import cli
+from jaxpost.errors import CheckpointError, ConfigError
+
+FLAGS = (
+    cli.Flag("to", "hf", "what to write", ("hf", "peft")),
+    cli.Flag("step", -1, "checkpoint to take; -1 is the newest"),
+    cli.Flag("out", None, "folder to write; must be empty or absent"),
+    cli.Flag("dtype", None, "of the written weights; without it, that of the run", ("float32", "bfloat16", "float16")),
+)
+HUB_NAMES = {"smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct"}
+
+
+def main(args: cli.Arguments) -> None:
+    """The command."""
+    if len(args.positional) != 1 or args.overrides:
+        raise ConfigError("name one RUN directory; --help shows the flags")
+    from jaxpost.train import compilation_cache
+
+    compilation_cache()
+    flags = args.flags
+    step = None if flags["step"] == -1 else flags["step"]
+    folder = export(args.positional[0], flags["to"], step=step, out=flags["out"], dtype=flags["dtype"])
+    print(f"written: {folder}")
+
+
+def export(
+    run_dir: str | os.PathLike,
+    to: str = "hf",
+    *,
+    step: int | None = None,
+    out: str | None = None,
+    dtype: str | None = None,
+) -> pathlib.Path:
+    """Write a run's checkpoint (step None: the newest) as a Hugging Face model ("hf") or a PEFT adapter ("peft").
+
+    out: default RUN/export/<to>. dtype None: as trained. Everything that can be refused is refused before weights are
+    read: ConfigError for a folder that is not a run, an `out` with files in it and "peft" of a run without adapters,
+    CheckpointError for a run without the step.
+    """
+    if to not in ("hf", "peft"):
+        raise ConfigError(f"--to={to}: hf or peft")
+    from jaxpost.checkpoint import Checkpointer
+    from jaxpost.config import load_saved
+
+    saved = load_saved(run_dir)
+    folder = pathlib.Path(out) if out else pathlib.Path(run_dir, "export", to)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigError(f"{folder}: exists and is not an empty folder; choose another with --out, or remove it")
+    if to == "peft" and (saved.lora is None or saved.lora.rank == 0):
+        raise ConfigError(f"{run_dir}: trained all weights, so there is no adapter; use --to=hf")
+    steps = Checkpointer(run_dir, saved.checkpoint).steps()
+    if not steps:
+        raise CheckpointError(f"{run_dir}: no checkpoint yet; the run has not saved")
+    if step is not None and step not in steps:
+        raise CheckpointError(f"{run_dir}: no checkpoint of step {step}; there: {', '.join(map(str, steps))}")
+    return _write(f"ckpt:{run_dir}/{steps[-1] if step is None else step}", to, folder, dtype, saved)
+
+
+def _write(source: str, to: str, folder: pathlib.Path, dtype: str | None, saved: Any) -> pathlib.Path:
+    import jax
+
+    from jaxpost import lora
+    from jaxpost.build import open_model
+    from jaxpost.models import hf, peft
+
+    model, params, adapters = open_model(source)
+    spec, config = model.policy.spec, model.policy.adapters
+    if to == "peft":
+        base = base_name(saved.model.source)
+        return peft.save_peft(folder, adapters, config, spec, base=base, tokenizer=model.tokenizer, dtype=dtype)
+    if adapters is not None:
+        params = jax.jit(lambda base, adapters: lora.merge(base, adapters, config))(params, adapters)
+    return hf.save_hf(params, spec, folder, dtype, model.tokenizer)
+
+
+def base_name(source: str) -> str | None:
+    """What PEFT should load the base model from: a hub name or a model folder; None where it is neither."""
+    if source.startswith("hf:"):
+        return source.removeprefix("hf:").partition("@")[0]
+    return HUB_NAMES.get(source) or (source if pathlib.Path(source).is_dir() else None)
+
+
+if __name__ == "__main__":
+    cli.main(main, doc=__doc__, flags=FLAGS)
