@@ -57,8 +57,6 @@ def build_model(
     config: ModelConfig, mesh_config: MeshConfig, adapters: lora.LoraConfig | None = None, devices: list | None = None
 ) -> Model:
     """Locate weights and tokenizer, lay out the mesh; raises ConfigError before anything large is read."""
-    if mesh_config.distributed:
-        jax.distributed.initialize(heartbeat_timeout_seconds=30)
     located = locate(config.source, config.tokenizer)
     if located.tokenizer_path is None:
         raise ConfigError(f"model.tokenizer: {config.source} comes without one; name a folder or file")
@@ -162,6 +160,7 @@ def build_job(
     source = algorithm.source(ctx)
     if (step := checkpointer.latest()) is None:
         state = jax.jit(lambda p: init_state(p, tx, algorithm.slow), out_shardings=shardings)(params)
+        sinks.truncate(-1)  # lines of a start that was killed before its first save
     else:
         state, position, saved = checkpointer.restore(step, abstract, allow_fallback=allow_fallback)
         _same_weights(saved, meta, allow_changed)
@@ -187,7 +186,7 @@ def build_job(
         total_steps=total_steps,
         learning_rate=lambda step: float(schedule(step)),
         meta=meta,
-        flops_per_token=flops.train_flops_per_token(policy.spec, config.data.seq_len, adapter_params=adapter_params),
+        flops_per_token=lambda length: flops.train_flops_per_token(policy.spec, length, adapter_params=adapter_params),
         peak_flops=None if peak is None else peak * rules.mesh.size,
         num_programs=len(config.data.widths),
     )

@@ -17,7 +17,7 @@ from jaxpost.errors import CheckpointError, ConfigError
 
 FLAGS = (
     cli.Flag("to", "hf", "what to write", ("hf", "peft")),
-    cli.Flag("step", -1, "checkpoint to take; -1 is the newest"),
+    cli.Flag("step", None, "checkpoint to take; without it, the newest"),
     cli.Flag("out", None, "folder to write; must be empty or absent"),
     cli.Flag("dtype", None, "of the written weights; without it, that of the run", ("float32", "bfloat16", "float16")),
 )
@@ -30,9 +30,12 @@ def main(args: cli.Arguments) -> None:
         raise ConfigError("name one RUN directory; --help shows the flags")
     from jaxpost.train import compilation_cache
 
-    compilation_cache()
     flags = args.flags
-    step = None if flags["step"] == -1 else flags["step"]
+    step = flags["step"]
+    if step is not None and not step.isdecimal():
+        raise ConfigError(f"--step={step}: not the number of a step")
+    compilation_cache()
+    step = None if step is None else int(step)
     folder = export(args.positional[0], flags["to"], step=step, out=flags["out"], dtype=flags["dtype"])
     print(f"written: {folder}")
 

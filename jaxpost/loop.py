@@ -51,7 +51,7 @@ class Job:
     total_steps: int
     learning_rate: Callable[[int], float]
     meta: dict[str, Any]  # saved beside every checkpoint
-    flops_per_token: float = 0.0
+    flops_per_token: Callable[[int], float] | None = None  # of the mean segment length
     peak_flops: float | None = None  # of all devices together, None where not known
     num_programs: int = 1  # declared batch shapes: one compilation each
 
@@ -105,8 +105,7 @@ def run(config: LoopConfig, job: Job) -> TrainState:
 
 def _log(config: LoopConfig, job: Job, clock: _Clock, step: int, metrics: Metrics, info: dict) -> None:
     """Read one step's metrics (the only device read of the loop), watch the guard, and write a line."""
-    clock.tokens += info["num_tokens"]
-    clock.steps += 1
+    clock.count(info["num_tokens"], len(info["example_ids"]))
     if step % config.log_every and step != job.total_steps and step != 1:
         return
     values = {name: float(value) for name, value in jax.device_get(metrics).items()}
@@ -146,17 +145,23 @@ class _Clock:
         self.restart()
 
     def restart(self) -> None:
-        self._last, self.tokens, self.steps = time.perf_counter(), 0, 0
+        self._last, self._tokens, self._segments, self._steps = time.perf_counter(), 0, 0, 0
 
     def since_start(self) -> float:
         return time.perf_counter() - self._began
 
+    def count(self, tokens: int, segments: int) -> None:
+        """One more step's tokens and packed examples."""
+        self._tokens, self._segments, self._steps = self._tokens + tokens, self._segments + segments, self._steps + 1
+
     def read(self) -> dict[str, float]:
+        """Rates since the last read, or since an evaluation or a save ended."""
         seconds = max(time.perf_counter() - self._last, 1e-9)
-        rate = self.tokens / seconds
-        values = {"tokens_per_sec": rate, "step_time": seconds / max(self.steps, 1)}
-        if self._job.peak_flops:
-            values["mfu"] = rate * self._job.flops_per_token / self._job.peak_flops
+        rate = self._tokens / seconds
+        values = {"tokens_per_sec": rate, "step_time": seconds / max(self._steps, 1)}
+        if self._job.peak_flops and self._job.flops_per_token and self._tokens:
+            length = max(1, round(self._tokens / max(self._segments, 1)))
+            values["mfu"] = rate * self._job.flops_per_token(length) / self._job.peak_flops
         self.restart()
         return values
 

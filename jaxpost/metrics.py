@@ -60,7 +60,7 @@ class Sinks:
         self.close()
 
     def log(self, step: int, values: Mapping[str, Any], *, total_steps: int | None = None) -> None:
-        """Write numbers (Python, numpy, one-element arrays) under a step; the console needs total_steps for the time left."""
+        """Write numbers (Python, numpy, one-element arrays) under a step; total_steps: for the console, time left."""
         if not self._writer:
             return
         numbers = {name: _number(value) for name, value in values.items()}

@@ -48,6 +48,12 @@ class MeshConfig:
     distributed: Bool = False  # join the other processes of a cluster first (Cloud TPU, GKE, SLURM, Open MPI)
 
 
+def join_cluster(config: MeshConfig) -> None:
+    """Before the first use of a device: connect to the other processes, which jax finds in the environment."""
+    if config.distributed and not jax.distributed.is_initialized():
+        jax.distributed.initialize(heartbeat_timeout_seconds=30)
+
+
 def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
     """The mesh a config asks for over `devices` (default: all); ConfigError where the sizes do not multiply up."""
     devices = jax.devices() if devices is None else devices

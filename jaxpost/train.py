@@ -37,26 +37,32 @@ def run(
 
     Raises a JaxpostError that says what to do; never leaves a damaged checkpoint.
     """
+    import jax
+
     from jaxpost import loop, rundir
     from jaxpost.build import build_job
     from jaxpost.config import Loaded, check_resume
     from jaxpost.manifest import replace_file
     from jaxpost.metrics import Sinks
     from jaxpost.metrics_plot import plot_losses
+    from jaxpost.sharding import join_cluster
 
     compilation_cache()
-    with rundir.RunLock(config.run_dir):
-        if overwrite:
+    join_cluster(config.mesh)
+    writes = jax.process_index() == 0
+    with rundir.RunLock(config.run_dir) if writes else contextlib.nullcontext():
+        if overwrite and writes:
             rundir.clear(config.run_dir)
         saved = pathlib.Path(config.run_dir) / "config.yaml"
         if saved.exists():
             check_resume(saved, config, allow_changed)
-        with Sinks(config.run_dir, config.metrics) as sinks:
+        with Sinks(config.run_dir, config.metrics, writer=writes) as sinks:
             job = build_job(
                 config, sinks, allow_changed=allow_changed, allow_fallback=allow_fallback, devices=devices
             )
-            replace_file(saved, dump or Loaded(config, {}).dump())
-            rundir.write_env(config.run_dir)
+            if writes:
+                replace_file(saved, dump or Loaded(config, {}).dump())
+                rundir.write_env(config.run_dir)
             with job.checkpointer, contextlib.closing(job.source):
                 if int(job.state.step) >= job.total_steps:
                     sinks.event(
@@ -65,7 +71,8 @@ def run(
                     )
                     return job.state
                 state = loop.run(config.loop, job)
-        plot_losses(config.run_dir)
+        if writes:
+            plot_losses(config.run_dir)
         return state
 
 

@@ -78,9 +78,11 @@ def inspect(config: Any, *, rows: int, scan: int, color: bool) -> None:
         print("\n".join(describe(name, stream, found, data)), end="\n\n")
         if name == "data.train":
             window_key = fold(key, 0, 0) if data.shuffle else None
-            for number, batch in enumerate(first_rows(found.units, data, window_key, rows)):
+            if rows and found.read < stream.bounds(0)[1]:
+                print(f"rows of the {found.read} records read; a run plans its rows over {stream.bounds(0)[1]}", end="\n\n")
+            for number, (batch, ids) in enumerate(first_rows(found.units, data, window_key, rows)):
                 print(f"row {number + 1}, {'trained tokens in colour' if color else 'trained tokens in [[ ]]'}:")
-                print(row_text(batch, tokenizer, color), end="\n\n")
+                print(row_text(batch, ids, tokenizer, color), end="\n\n")
     if stopping:
         raise DataError(f"training would stop at {len(stopping)} of the rows read, first at {stopping[0]}")
 
@@ -178,24 +180,30 @@ def packing(units: Sequence[Unit], config: DataConfig, share: float) -> list[str
     ]
 
 
-def first_rows(units: Sequence[Unit], config: DataConfig, key: int | None, count: int) -> Iterator[Batch]:
-    """The first rows of the first window, each a Batch of one row: as a run plans them, if all of the window was read."""
+def first_rows(
+    units: Sequence[Unit], config: DataConfig, key: int | None, count: int
+) -> Iterator[tuple[Batch, list[str]]]:
+    """The first rows of the first window as (Batch of one row, ids of its examples).
+
+    They are a run's first rows, if all records of the window were read.
+    """
     part = units[: config.window]
     lengths = [positions_of(unit) for unit in part]
     for row in plan_rows(config, lengths, [len(unit) for unit in part], filled=0, key=key)[:count]:
-        yield build_batch([([part[i] for i in row.units], row.width)], slice(None))[0]
+        batch, facts = build_batch([([part[i] for i in row.units], row.width)], slice(None))
+        yield batch, facts["example_ids"]
 
 
-def row_text(batch: Batch, tokenizer: Tokenizer, color: bool) -> str:
+def row_text(batch: Batch, ids: Sequence[str], tokenizer: Tokenizer, color: bool) -> str:
     """The one row of a Batch as text, a line of facts before each segment; decoded from the batch's own columns."""
     parts = []
     segments = batch.segments[0]
-    for segment in range(1, int(segments.max(initial=0)) + 1):
+    for segment, where in enumerate(ids, 1):
         inside = segments == segment
-        ids = np.concatenate([batch.tokens[0][inside][:1], batch.targets[0][inside]])
+        tokens = np.concatenate([batch.tokens[0][inside][:1], batch.targets[0][inside]])
         trained = np.concatenate([[False], batch.mask[0][inside]])
-        head = f"-- segment {segment}: {len(ids)} tokens, {int(trained.sum())} trained --"
-        parts.append((f"{DIM}{head}{PLAIN}" if color else head) + "\n" + marked(ids, trained, tokenizer, color))
+        head = f"-- segment {segment}: {_line(where)}, {len(tokens)} tokens, {int(trained.sum())} trained --"
+        parts.append((f"{DIM}{head}{PLAIN}" if color else head) + "\n" + marked(tokens, trained, tokenizer, color))
     padding = int((segments == 0).sum())
     return "\n".join([*parts, f"-- padding: {padding} of {len(segments)} positions --"])
 

@@ -104,7 +104,7 @@ def test_packing_is_tight_and_unshuffled_order_is_file_order(files, tmp_path):
     epoch = take(packed, packed.count_batches())
     assert np.mean([info["padding_fraction"] for _, info, _ in epoch]) < 0.02
     plain = open_(config_of(files, packing="none", shuffle=False))
-    ids = [id for _, info, _ in take(plain, 50) for id in info["example_ids"]]
+    ids = [id for _, info, _ in take(plain, 60) for id in info["example_ids"]]
     assert ids[:230] == [f"{files}/a.jsonl:{i}" for i in range(1, 231)]
     packed.close()
     plain.close()

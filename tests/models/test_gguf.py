@@ -203,8 +203,8 @@ def test_metadata_reads_like_the_packages_reader(tmp_path):
         ({"metadata": [("float32", "llama.logit_scale", 2.0)]}, "unknown metadata llama.logit_scale"),
         ({"expert_count": 8}, "mixture-of-experts"),
         ({"rope.dimension_count": 4}, "dimensions differ"),
-        ({"attention.head_count": 0}, "head_count is 0, expected one number"),
-        ({"block_count": 1_000_000}, "block_count is 1000000"),
+        ({"attention.head_count": 0}, "head_count is '0', expected one number"),
+        ({"block_count": 1_000_000}, "block_count is '1000000'"),
         ({"metadata": [("string", "llama.rope.scaling.type", "longrope")]}, "rope scaling 'longrope'"),
         ({"metadata": [("string", "llama.rope.scaling.type", "yarn")]}, "rope.scaling.factor is missing"),
         ({"extra": {"rope_freqs.weight": np.full(4, 3.0, np.float32)}}, "does not follow Llama 3's"),
@@ -222,7 +222,7 @@ def test_refused_metadata(change, message, tmp_path):
         ({"without": ("blk.1.ffn_up.weight",)}, "missing tensor.*blk.1.ffn_up.weight"),
         ({"without": ("token_embd.weight",)}, "missing tensor token_embd.weight"),
         ({"extra": {"blk.9.x": np.ones(4, np.float32)}}, "unexpected tensor.*blk.9.x"),
-        ({"feed_forward_length": 40}, r"is \[48, 32\], the metadata says \[40, 32\]"),
+        ({"feed_forward_length": 40}, r"ffn_down.weight is \[32, 48\], the metadata says \[32, 40\]"),
     ],
 )
 def test_wrong_tensors(change, message, tmp_path):

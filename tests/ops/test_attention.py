@@ -68,9 +68,11 @@ def assert_close(got, want, tolerance=2e-6):
         np.testing.assert_allclose(x, y, rtol=0, atol=tolerance * max(1e-3, float(np.max(np.abs(y)))))
 
 
-@pytest.mark.parametrize("softcap", [None, 1.5])
-@pytest.mark.parametrize("window", [None, 1, 40])
-@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize(
+    "rows,window,softcap",
+    [("one", None, None), ("packed", None, None), ("packed", 40, 1.5), ("blocks", 64, None), ("blocks", None, 1.5)]
+    + [("tiny", 1, None), ("tiny", 3, None)],
+)
 def test_blockwise_equals_dense_equals_by_hand(rows, window, softcap):
     segments = segments_of(ROWS[rows])
     q, k, v, cotangent = example(*segments.shape)
@@ -80,7 +82,7 @@ def test_blockwise_equals_dense_equals_by_hand(rows, window, softcap):
     np.testing.assert_allclose(dense[0], by_hand(q, k, v, visible_in(segments, window), softcap, 0.3), atol=2e-6)
 
 
-@pytest.mark.parametrize("heads,kv_heads", [(3, 3), (3, 1), (9, 3)])
+@pytest.mark.parametrize("heads,kv_heads", [(3, 3), (3, 1)])
 def test_head_groups(heads, kv_heads):
     segments = segments_of(ROWS["packed"])
     args = example(*segments.shape, heads, kv_heads, width=5)
