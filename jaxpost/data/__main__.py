@@ -20,8 +20,8 @@ FLAGS = (
 
 def main(args: cli.Arguments) -> None:
     """The command."""
-    from jaxpost.data.command import inspect
     from jaxpost.config import from_arguments
+    from jaxpost.data.command import inspect
     from jaxpost.errors import ConfigError
 
     for name in ("rows", "scan"):

@@ -1,4 +1,4 @@
-"""Tokenizer: text and chats to ids, chats to trainable masks, every doubt about a mask an error with the decoded strings."""
+"""Text and chats to ids and trainable masks. Every doubt about a mask is an error with the decoded strings."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class _Span(NamedTuple):
 
 
 class _Encoded(NamedTuple):
-    """One encoding of a whole text. Token i covers characters [starts[i], ends[i]); the first `lead` ids are not in it."""
+    """One encoding of a whole text. Token i covers characters [starts[i], ends[i]); the first `lead` ids none."""
 
     text: str
     ids: np.ndarray
@@ -196,7 +196,9 @@ class Tokenizer:
             spans = [_Span(a, b, exact=True) for a, b in zip(rendered.prefixes[::2], rendered.prefixes[1::2])]
         return self._mask(rendered.text, spans)
 
-    def encode_pair(self, prompt: str, completion: str, *, loss_on: LossOn = "completion") -> tuple[np.ndarray, np.ndarray]:
+    def encode_pair(
+        self, prompt: str, completion: str, *, loss_on: LossOn = "completion"
+    ) -> tuple[np.ndarray, np.ndarray]:
         """(ids i32[n], trainable bool[n]) of plain prompt + completion + EOS; only loss_on=all trains the prompt.
 
         BOS goes first where the model wants one. Raises DataError as encode_chat does.

@@ -64,14 +64,10 @@ def inspect(config: Any, *, rows: int, scan: int, color: bool) -> None:
     color = color and "NO_COLOR" not in os.environ and sys.stdout.isatty()
     key = fold(config.seed, Tag.SHUFFLE)
     stopping = []
-    train = open_stream(
-        data.sources, task, key=key, shuffle=data.shuffle, window=data.window, name="data.train"
-    )
+    train = open_stream(data.sources, task, key=key, shuffle=data.shuffle, window=data.window, name="data.train")
     streams = {"data.train": train}
     if data.eval:
-        streams["data.eval"] = open_stream(
-            data.eval, task, key=0, shuffle=False, window=data.window, name="data.eval"
-        )
+        streams["data.eval"] = open_stream(data.eval, task, key=0, shuffle=False, window=data.window, name="data.eval")
     for name, stream in streams.items():
         found = survey(stream, data, scan)
         stopping += found.stopping
@@ -79,7 +75,10 @@ def inspect(config: Any, *, rows: int, scan: int, color: bool) -> None:
         if name == "data.train":
             window_key = fold(key, 0, 0) if data.shuffle else None
             if rows and found.read < stream.bounds(0)[1]:
-                print(f"rows of the {found.read} records read; a run plans its rows over {stream.bounds(0)[1]}", end="\n\n")
+                print(
+                    f"rows of the {found.read} records read; a run plans its rows over {stream.bounds(0)[1]}",
+                    end="\n\n",
+                )
             for number, (batch, ids) in enumerate(first_rows(found.units, data, window_key, rows)):
                 print(f"row {number + 1}, {'trained tokens in colour' if color else 'trained tokens in [[ ]]'}:")
                 print(row_text(batch, ids, tokenizer, color), end="\n\n")
@@ -171,10 +170,11 @@ def packing(units: Sequence[Unit], config: DataConfig, share: float) -> list[str
         num_rows += len(planned)
         room += sum(row.width for row in planned)
     trained = sum(int(example.trainable[1:].sum()) for unit in units for example in unit)
+    alone = sum(lengths) / len(units) / config.seq_len
     epoch = num_rows / share / config.batch_size
     return [
         f"packing {config.packing!r} into rows of {config.seq_len}: {num_rows} rows, {sum(lengths) / room:.1%} full, "
-        f"{len(units) / num_rows:.1f} examples a row (one a row: {sum(lengths) / len(units) / config.seq_len:.1%} full)",
+        f"{len(units) / num_rows:.1f} examples a row (one a row: {alone:.1%} full)",
         f"trained: {trained} of {sum(lengths)} positions ({trained / sum(lengths):.1%})",
         f"an epoch: about {epoch:.0f} batches of {config.batch_size} rows",
     ]
@@ -209,7 +209,7 @@ def row_text(batch: Batch, ids: Sequence[str], tokenizer: Tokenizer, color: bool
 
 
 def marked(ids: np.ndarray, trained: np.ndarray, tokenizer: Tokenizer, color: bool) -> str:
-    """Decoded ids with the trained runs marked; control characters are escaped, so that data cannot steer a terminal."""
+    """Decoded ids with the trained runs marked; control characters are escaped, so data cannot steer a terminal."""
     edges = np.flatnonzero(np.diff(trained)) + 1
     opening, closing = (TRAINED, PLAIN) if color else ("[[", "]]")
     text = ""
@@ -222,4 +222,6 @@ def marked(ids: np.ndarray, trained: np.ndarray, tokenizer: Tokenizer, color: bo
 
 
 def _line(text: str, keep: str = "") -> str:
-    return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
+    return "".join(
+        c if c.isprintable() or c in keep else c.encode("unicode_escape", "surrogatepass").decode() for c in text
+    )

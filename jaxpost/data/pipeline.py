@@ -33,7 +33,7 @@ from jaxpost.data.pack import (
 )
 from jaxpost.data.prefetch import Prefetch
 from jaxpost.data.sources import SourceConfig, open_source
-from jaxpost.data.stream import BadRow, Stream, Task, following, outcomes_in_file_order
+from jaxpost.data.stream import BadRow, Examples, Stream, Task, following, outcomes_in_file_order
 from jaxpost.errors import CheckpointError, ConfigError, DataError
 from jaxpost.types import Batch
 from jaxpost.types import Stream as Tag
@@ -129,10 +129,7 @@ class PackedSource:
         The first call tokenises every record once; later calls only plan.
         """
         if self._lengths is None:
-            lengths = [
-                measure(records, task, self.config)
-                for records, task in zip(self._stream.records, self._stream.tasks, strict=True)
-            ]
+            lengths = [measure(source, self.config) for source in self._stream.sources]
             if not any(positions.any() for positions, _ in lengths):
                 raise DataError("no example is left to train on: every record is bad, too long or without a target")
             self._lengths = lengths
@@ -265,13 +262,15 @@ def open_stream(
     name: str,
 ) -> Stream:
     """Open and index sources, and fix their global order. name is the config key of the list, for messages."""
-    records = tuple(open_source(source, f"{name}[{i}].source") for i, source in enumerate(sources))
+    examples = tuple(
+        Examples(open_source(source, f"{name}[{i}].source"), make_task(source)) for i, source in enumerate(sources)
+    )
     weights = [source.weight for source in sources]
     try:
-        order = Order([len(part) for part in records], None if None in weights else weights, key=key, shuffle=shuffle)
+        order = Order([len(part) for part in examples], None if None in weights else weights, key=key, shuffle=shuffle)
     except ValueError as error:
         raise ConfigError(f"{name}: {error}") from None
-    return Stream(records, tuple(make_task(source) for source in sources), order, window)
+    return Stream(examples, order, window)
 
 
 def admit_one(outcome: Unit | BadRow, config: DataConfig, counters: dict[str, int], *, report: bool) -> Unit | None:
@@ -299,11 +298,11 @@ def admit(
     return [unit for unit in admitted if unit is not None]
 
 
-def measure(records: Any, task: Task, config: DataConfig) -> tuple[np.ndarray, np.ndarray]:
+def measure(source: Examples, config: DataConfig) -> tuple[np.ndarray, np.ndarray]:
     """(positions i64[n], segments i64[n]) of every record of a source in file order; 0 where it is dropped."""
-    lengths, segments = np.zeros(len(records), np.int64), np.zeros(len(records), np.int64)
+    lengths, segments = np.zeros(len(source), np.int64), np.zeros(len(source), np.int64)
     counters = dict.fromkeys(COUNTERS, 0)
-    for i, outcome in enumerate(outcomes_in_file_order(records, task, workers=config.workers)):
+    for i, outcome in enumerate(outcomes_in_file_order(source, workers=config.workers)):
         unit = admit_one(outcome, config, counters, report=False)
         if unit is not None:
             lengths[i], segments[i] = positions_of(unit), len(unit)
@@ -353,7 +352,7 @@ def _fingerprint(config: DataConfig, stream: Stream, seed: int) -> dict[str, Any
     plain = ("batch_size", "seq_len", "packing", "shuffle", "loss_on", "truncation", "window")
     found: dict[str, Any] = {"seed": seed} | {f"data.{name}": getattr(config, name) for name in plain}
     found |= {"data.buckets": list(config.buckets), "data.max_segments": config.segments_per_row}
-    for i, (source, records) in enumerate(zip(config.sources, stream.records, strict=True)):
-        fields = records.fingerprint | {"task": source.task, "weight": source.weight}
+    for i, (source, examples) in enumerate(zip(config.sources, stream.sources, strict=True)):
+        fields = examples.records.fingerprint | {"task": source.task, "weight": source.weight}
         found |= {f"data.train[{i}].{name}": value for name, value in fields.items()}
     return found

@@ -6,6 +6,7 @@ from typing import Any
 
 from jaxpost.data.chat import Tokenizer
 from jaxpost.data.rows import Record
+from jaxpost.data.tasks import parse_tools
 from jaxpost.errors import DataError
 
 
@@ -27,4 +28,4 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str | list[dict[str, Any]], tool
     if isinstance(prompt, str):
         bos = [tokenizer.bos_id] if tokenizer.adds_bos and tokenizer.bos_id is not None else []
         return bos + tokenizer.encode(prompt)
-    return tokenizer.encode(tokenizer.render(prompt, tools=tools, add_generation_prompt=True))
+    return tokenizer.encode(tokenizer.render(prompt, tools=parse_tools(tools), add_generation_prompt=True))

@@ -1,7 +1,7 @@
 """The process in which chat templates run. A template comes from a model's author, so it is untrusted code.
 
-Run by path, never imported by jaxpost: a child process with jinja2's sandbox, a cap on processor time and one on memory.
-Both are enforced by the operating system, because one C call (9**9**9, 'x' * 10**12) can be as expensive as any loop
+Run by path, never imported by jaxpost: a child process with jinja2's sandbox and caps on processor time and memory.
+The operating system enforces both, because one C call (9**9**9, 'x' * 10**12) can be as expensive as any loop
 and no hook inside the interpreter would see it. Requests and replies are JSON with a 4-byte length in front.
 """
 

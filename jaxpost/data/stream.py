@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from jaxpost.data.order import Order
 from jaxpost.data.rows import Record
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 CHUNK = 64  # records an element
 _ENDLESS = 1 << 40  # chunks: Grain wants a length
 _PASS = 4096  # records read ahead in a pass in file order
+_KEPT = 1 << 23  # tokens kept in memory (5 bytes each) by every process that tokenises
+_OVERHEAD = 64  # tokens' worth of objects around an example
 _GRACE = 30.0  # seconds a worker outlives SIGTERM, for the save of the process that it feeds
 _told_to_end = threading.Event()  # in a worker: no more rows are wanted
 
@@ -49,12 +51,44 @@ class Chunk:
     pid: int  # of the process that made it
 
 
+class Examples:
+    """One source through its task. The first _KEPT tokens' worth of outcomes is kept for later epochs and counts."""
+
+    def __init__(self, records: Records, task: Task):
+        self.records = records
+        self._task = task
+        self._kept: dict[int, tuple[Example, ...] | BadRow] = {}
+        self._room = _KEPT
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> tuple[Example, ...] | BadRow:
+        """The outcome of record index."""
+        outcome = self._kept.get(index)
+        if outcome is None:
+            outcome = self._make(index)
+            self._room -= _OVERHEAD if isinstance(outcome, BadRow) else sum(len(e.tokens) + _OVERHEAD for e in outcome)
+            if self._room > 0:
+                self._kept[index] = outcome
+        return outcome
+
+    def _make(self, index: int) -> tuple[Example, ...] | BadRow:
+        try:
+            made = self._task(self.records[index], self.records.where(index))
+        except DataError as error:
+            return BadRow(str(error))
+        return made if isinstance(made, tuple) else (made,)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_kept": {}, "_room": _KEPT}
+
+
 @dataclasses.dataclass(frozen=True)
 class Stream:
     """All records of some sources in their global order, cut into windows that never cross an epoch."""
 
-    records: tuple[Records, ...]
-    tasks: tuple[Task, ...]  # one a source
+    sources: tuple[Examples, ...]
     order: Order
     window: int  # records
 
@@ -87,15 +121,7 @@ class Stream:
         start, stop = self.bounds(window)
         start += part * CHUNK
         where = zip(*self.order.locate(epoch, start, min(start + CHUNK, stop)), strict=True)
-        return tuple(self._outcome(int(source), int(record)) for source, record in where)
-
-    def _outcome(self, source: int, index: int) -> tuple[Example, ...] | BadRow:
-        records = self.records[source]
-        try:
-            made = self.tasks[source](records[index], records.where(index))
-        except DataError as error:
-            return BadRow(str(error))
-        return made if isinstance(made, tuple) else (made,)
+        return tuple(self.sources[source][int(record)] for source, record in where)
 
     def windows(
         self, epoch: int, window: int, *, workers: int, epochs: int | None = None
@@ -210,11 +236,10 @@ def _end_in(seconds: float) -> None:
     timer.start()
 
 
-def outcomes_in_file_order(records: Records, task: Task, *, workers: int) -> Iterator[tuple[Example, ...] | BadRow]:
+def outcomes_in_file_order(source: Examples, *, workers: int) -> Iterator[tuple[Example, ...] | BadRow]:
     """Every record of one source once, in file order: for counting and for looking at data."""
-    order = Order((len(records),), None, key=0, shuffle=False)
-    stream = Stream((records,), (task,), order, window=_PASS)
-    if len(records) <= _PASS:
-        workers = 0  # done before a worker has started
+    stream = Stream((source,), Order((len(source),), None, key=0, shuffle=False), window=_PASS)
+    if len(source) <= 2 * _PASS:
+        workers = 0  # done before workers have started, and the outcomes are kept
     for _, _, outcomes in stream.windows(0, 0, workers=workers, epochs=1):
         yield from outcomes

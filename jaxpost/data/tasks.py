@@ -98,7 +98,7 @@ def make_task(
 
 
 def detect(record: Record) -> str:
-    """The task of a row by its columns. Raises DataError on none, on several, and on rows of methods that need others."""
+    """The task of a row by its columns. Raises DataError on none, on several, and on rows of other methods."""
     for kind, names in FOREIGN.items():
         if all(name in record for name in names):
             raise DataError(f"a {kind} row: supervised fine-tuning cannot train on it; it has {_names(record)}")
@@ -159,9 +159,8 @@ def check_messages(messages: Any, field: str) -> list[dict[str, Any]]:
     return messages
 
 
-def _chat_options(tokenizer: Tokenizer, record: Record, messages: list[dict[str, Any]]) -> dict[str, Any]:
-    """Tools and template variables of a row; tool calls that the template would silently leave out are refused."""
-    tools = record.get("tools")
+def parse_tools(tools: Any) -> list[dict[str, Any]] | None:
+    """The column tools: a list of schemas, or that list as JSON. Raises DataError."""
     if isinstance(tools, str):  # files that cannot hold nested values of mixed types store JSON
         try:
             tools = json.loads(tools) if tools else None
@@ -169,11 +168,17 @@ def _chat_options(tokenizer: Tokenizer, record: Record, messages: list[dict[str,
             raise DataError(f"field 'tools': not JSON: {error}") from None
     for k, tool in enumerate(expect(tools, list, "tools") if tools is not None else ()):
         expect(tool, dict, f"tools[{k}]")
+    return tools
+
+
+def _chat_options(tokenizer: Tokenizer, record: Record, messages: list[dict[str, Any]]) -> dict[str, Any]:
+    """Tools and template variables of a row; tool calls that the template would silently leave out are refused."""
+    tools = parse_tools(record.get("tools"))
     calling = next((i for i, message in enumerate(messages) if message.get("tool_calls")), None)
     if calling is not None and not tokenizer.renders_tool_calls:
         raise DataError(
-            f"messages[{calling}].tool_calls: the chat template never writes tool calls, this turn would train an empty "
-            "reply; set model.chat_template to one that does"
+            f"messages[{calling}].tool_calls: the chat template never writes tool calls, this turn would train an "
+            "empty reply; set model.chat_template to one that does"
         )
     variables = expect(record.get("chat_template_kwargs", {}), dict, "chat_template_kwargs")
     return {"tools": tools, **variables}

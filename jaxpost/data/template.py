@@ -1,8 +1,9 @@
-"""Chat templates, rendered in a child process (render_worker.py) that may be slow, greedy or hostile, but not for long."""
+"""Chat templates, rendered in a child process (render_worker.py): slow, greedy or hostile ones are stopped there."""
 
 from __future__ import annotations
 
 import atexit
+import contextlib
 import json
 import os
 import signal
@@ -33,7 +34,6 @@ class _Worker:
     def __init__(self):
         self.lock = threading.Lock()
         self.process: subprocess.Popen | None = None
-        self.owner = 0
 
     def ask(self, request: dict) -> dict:
         """One request, one reply; {"died": code} where a cap ended the worker."""
@@ -48,31 +48,37 @@ class _Worker:
                     return json.loads(process.stdout.read(struct.unpack("<I", head)[0]))
             except BrokenPipeError:
                 pass
+            except BaseException:  # Ctrl-C between question and answer: the next question must not get this answer
+                process.kill()
+                self.close()
+                raise
             code = process.wait()
-            self._close()
+            self.close()
             return {"died": code}
 
     def _running(self) -> subprocess.Popen:
-        if self.process is None or self.owner != os.getpid() or self.process.poll() is not None:
+        if self.process is None or self.process.poll() is not None:
             self.process = subprocess.Popen(
                 [sys.executable, "-P", str(WORKER)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
             )
-            self.owner = os.getpid()
         return self.process
 
-    def _close(self):
-        if self.process is not None and self.owner == os.getpid():
-            self.process.stdin.close()
+    def close(self) -> None:
+        """Ends the child."""
+        if self.process is not None:
+            with contextlib.suppress(BrokenPipeError):
+                self.process.stdin.close()
             self.process.stdout.close()
             self.process.wait()
         self.process = None
 
 
 _worker = _Worker()
-atexit.register(_worker._close)
+atexit.register(_worker.close)
+os.register_at_fork(after_in_child=_worker.__init__)  # a fork must not talk into its parent's pipe
 
 
 def render(
@@ -122,6 +128,6 @@ def _not_prefix(count: int, text: str, full: str) -> str:
     same = next((i for i, (a, b) in enumerate(zip(text, full)) if a != b), min(len(text), len(full)))
     low = max(0, same - 30)
     return (
-        f"the prompt is not a prefix of the chat: the first {count} messages alone render {text[low:same + 30]!r} where "
-        f"the whole chat renders {full[low:same + 30]!r}; use a template with generation blocks, or loss_on=all"
+        f"the prompt is not a prefix of the chat: the first {count} messages alone render {text[low : same + 30]!r} "
+        f"where the whole chat renders {full[low : same + 30]!r}; use a template with generation blocks, or loss_on=all"
     )

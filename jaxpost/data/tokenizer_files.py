@@ -113,7 +113,7 @@ def _json(file: Path) -> dict:
 
 
 def read_gguf_parts(file: Path) -> TokenizerParts:
-    """A byte-level BPE from GGUF metadata. GGUF names its pre-tokenizer instead of describing it: others are refused."""
+    """A byte-level BPE from GGUF metadata. GGUF only names its pre-tokenizer: unknown names are refused."""
     from tokenizers import AddedToken, decoders, models, pre_tokenizers
     from tokenizers import Tokenizer as Backend
 

@@ -22,6 +22,16 @@ class ByteTask:
         return Example(tokens, np.arange(len(tokens)) >= max(1, record.get("prompt", 0)), where)
 
 
+class CountingTask(ByteTask):
+    """Appends every place that it tokenises to a list."""
+
+    made = []
+
+    def __call__(self, record, where):
+        self.made.append(where)
+        return super().__call__(record, where)
+
+
 class PidTask(ByteTask):
     """The process that made an example, and its JAX_PLATFORMS, as the example's id."""
 

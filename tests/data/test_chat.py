@@ -191,10 +191,26 @@ def test_plain_pairs_and_text(smollm2):
         (None, CHAT[:1], "no trainable token"),
         (None, [CHAT[1]], "not a prefix of the chat"),
         (None, [CHAT[0], {"role": "assistant", "content": "\n\nx"}], r"one token covers its end.*>>\\n\\n<<"),
-        ("{{ bos_token }}{{ bos_token }}{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}", CHAT, "doubled BOS"),
-        ("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}", CHAT, r"not a stop token \('<\|im_end\|>'\)"),
-        ("{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}{{ '' if add_generation_prompt else ' bye' }}", CHAT[:2], "not a stop"),
-        ("{{ messages | length }}{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}", CHAT, "first 1 messages"),
+        (
+            "{{ bos_token }}{{ bos_token }}{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}",
+            CHAT,
+            "doubled BOS",
+        ),
+        (
+            "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}",
+            CHAT,
+            r"not a stop token \('<\|im_end\|>'\)",
+        ),
+        (
+            "{% for m in messages %}{{ m.content ~ eos_token }}{% endfor %}{{ 'bye' if not add_generation_prompt }}",
+            CHAT[:2],
+            "not a stop",
+        ),
+        (
+            "{{ messages | length }}{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}",
+            CHAT,
+            "first 1 messages",
+        ),
         ("{% generation %}{% endgeneration %}{{ messages[0].content }}{{ eos_token }}", CHAT, "no trainable token"),
         ("{{ raise_exception('roles must alternate') }}", CHAT, "TemplateError: roles must alternate"),
         ("{% for %}", CHAT, "TemplateSyntaxError"),
@@ -267,7 +283,7 @@ HOSTILE = {
     "long string": "{{ 'x' * 10 ** 12 }}",
     "padding": "{{ '%1000000000d' % 1 }}",
     "doubling": "{% set ns = namespace(s='x') %}{% for i in range(60) %}{% set ns.s = ns.s ~ ns.s %}{% endfor %}",
-    "capture": "{% set a = 'x' * 1000000 %}{% set b %}{% for i in range(99999) %}{{ a }}{% endfor %}{% endset %}{{ b }}",
+    "capture": "{% set a = 'x' * 999999 %}{% set b %}{% for i in range(9999) %}{{ a }}{% endfor %}{% endset %}{{ b }}",
     "output": "{% for i in range(99999) %}{{ 'x' * 1000 }}{% endfor %}",
     "macro bomb": "{% macro f(n) %}{{ f(n - 1) if n }}{{ f(n - 1) if n }}{% endmacro %}{{ f(60) }}",
     "recursion": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
@@ -316,10 +332,37 @@ def test_worker_survives_ctrl_c_and_the_death_of_its_parent():
             os.kill(int(first), 0)
         except ProcessLookupError:
             return
-        if f"{pathlib.Path(f'/proc/{first}/stat').read_text().split()[2]}" == "Z":  # dead, its new parent did not look yet
+        if (
+            f"{pathlib.Path(f'/proc/{first}/stat').read_text().split()[2]}" == "Z"
+        ):  # dead, its new parent did not look yet
             return
         time.sleep(0.05)
     pytest.fail("the template process outlived its parent")
+
+
+def test_an_interrupted_request_leaves_no_stale_reply(monkeypatch):
+    def interrupted(size):
+        raise KeyboardInterrupt
+
+    template.render("a", [], {})
+    monkeypatch.setattr(template._worker, "process", template._worker.process)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(
+            template._worker.process, "stdout", type("Out", (), {"read": interrupted, "close": lambda _: 0})()
+        )
+        template.render("b", [], {})
+    assert template.render("c", [], {}).text == "c"
+
+
+def test_a_forked_process_has_its_own_worker():
+    code = (
+        "import os; from jaxpost.data import template as t\n"
+        "t.render('a', [], {}); parent = t._worker.process.pid\n"
+        "if os.fork() == 0:\n"
+        "    assert t.render('b', [], {}).text == 'b' and t._worker.process.pid != parent; os._exit(0)\n"
+        "assert os.wait()[1] == 0 and t.render('c', [], {}).text == 'c' and t._worker.process.pid == parent\n"
+    )
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, timeout=60)
 
 
 # ---------------------------------------------------------------------------------------- files
@@ -354,7 +397,12 @@ def test_damaged_and_foreign_files(smollm2, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="neither tokenizer.json"):
         load_tokenizer(tmp_path / "empty")
-    for name, content in [("a.gguf", b"GGUF\3\0\0"), ("b.gguf", b"nope" * 20), ("c.model", b"\xff\xff"), ("d.txt", b"x")]:
+    for name, content in [
+        ("a.gguf", b"GGUF\3\0\0"),
+        ("b.gguf", b"nope" * 20),
+        ("c.model", b"\xff\xff"),
+        ("d.txt", b"x"),
+    ]:
         (tmp_path / name).write_bytes(content)
         with pytest.raises(DataError):
             load_tokenizer(tmp_path / name)

