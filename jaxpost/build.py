@@ -32,7 +32,7 @@ from jaxpost.models.loading import Located, ModelConfig, content_hash, load_para
 from jaxpost.models.policy import Policy
 from jaxpost.models.sampler import Sampler
 from jaxpost.models.spec import FORMAT, abstract_params, num_params
-from jaxpost.optim import make_optimizer, trainable_mask
+from jaxpost.optim import dotted, make_optimizer, trainable_mask
 from jaxpost.sharding import MeshConfig, Rules, check_divides, host_rows, make_mesh, rules_for, tree_shardings
 from jaxpost.step import init_state, make_step
 from jaxpost.types import Stream, TrainState
@@ -256,13 +256,18 @@ def _state_shardings(params: Any, tx: optax.GradientTransformation, algorithm: A
     """Moments and slow copies lie as their parameters do; counters are everywhere."""
     whole = NamedSharding(rules.mesh, PartitionSpec())
     placed = jax.tree.map(lambda x: x.sharding, params)
+    known = {dotted(path): where for path, where in jax.tree_util.tree_flatten_with_path(placed)[0]}
+
+    def place(path: tuple, leaf: Any) -> NamedSharding:
+        """A leaf whose path ends like a parameter's is a moment of it."""
+        names = (dotted(path[i:]) for i in range(len(path)))
+        return next((known[name] for name in names if name in known), whole)
+
     abstract = jax.eval_shape(lambda p: init_state(p, tx, algorithm.slow), params)
     return TrainState(
         step=whole,
         params=placed,
-        opt_state=optax.tree_map_params(
-            tx, lambda _, where: where, abstract.opt_state, placed, transform_non_params=lambda _: whole
-        ),
+        opt_state=jax.tree_util.tree_map_with_path(place, abstract.opt_state),
         slow={role: placed[role] for role in algorithm.slow},
         scalars=jax.tree.map(lambda _: whole, abstract.scalars),
     )

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxpost.models.spec import DecoderSpec, abstract_layer, abstract_params, is_info
@@ -84,14 +86,18 @@ def _leaf(leaf: Leaf, read: Callable[[str], np.ndarray], dtype: np.dtype, shardi
             parts[key] = _read_slice(leaf, read, dtype, index)
         return parts[key]
 
+    # jnp.array always copies; device_put may alias an aligned host buffer, which could then not be donated.
     if sharding is None:
-        whole = fetch(tuple(slice(None) for _ in leaf.shape))
-        return jax.device_put(whole, may_alias=False)  # an aliased host buffer could not be donated later
-    pieces = [
-        jax.device_put(fetch(index), device, may_alias=False)
-        for device, index in sharding.addressable_devices_indices_map(leaf.shape).items()
-    ]
-    return jax.make_array_from_single_device_arrays(leaf.shape, sharding, pieces)
+        value = jnp.array(fetch(tuple(slice(None) for _ in leaf.shape)))
+    else:
+        places = sharding.addressable_devices_indices_map(leaf.shape)
+        pieces = [jnp.array(fetch(index), device=device) for device, index in places.items()]
+        value = jax.make_array_from_single_device_arrays(leaf.shape, sharding, pieces)
+    # The next leaf waits for this one's transfer: host memory holds one at a time.
+    value.block_until_ready()
+    parts.clear()
+    gc.collect(0)  # jax lets go of host buffers when the collector runs
+    return value
 
 
 def _read_slice(leaf: Leaf, read: Callable, dtype: np.dtype, index: tuple[slice, ...]) -> np.ndarray:

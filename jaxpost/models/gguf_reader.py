@@ -102,7 +102,7 @@ def _parse(at: _Cursor) -> GgufFile:
     tensors = {}
     for name, shape, kind, offset in table:
         if name in tensors or math.prod(shape) >= 1 << 40 or start + offset > at.size:
-            raise CheckpointError(f"{at.file}: bad entry for tensor {name[:100]!r} (repeated, too large or out of range)")
+            raise CheckpointError(f"{at.file}: tensor {name[:100]!r} is repeated, too large or out of range")
         tensors[name] = GgufTensor(at.file, name, shape, kind, start + offset)
     return GgufFile(metadata, tensors)
 

@@ -82,7 +82,7 @@ def read_config(folder: str | os.PathLike) -> dict[str, Any]:
         raise ConfigError(f"{folder}: no such folder")
     if not (folder / "config.json").is_file():
         if (folder / "adapter_config.json").is_file():
-            raise ConfigError(f"{folder}: a PEFT adapter, not a model; name the base model and load this as its adapter")
+            raise ConfigError(f"{folder}: a PEFT adapter, not a model; name its base model instead")
         raise ConfigError(f"{folder}: no config.json in it")
     return read_json(folder / "config.json")
 
@@ -194,7 +194,7 @@ def save_hf(
     overwrite: bool = False,
     family: Any = llama,
 ) -> pathlib.Path:
-    """Write a folder that transformers, vLLM, .. open: config, generation config, weights, tokenizer; whole or not at all.
+    """Write a folder that transformers, vLLM, .. open (configs, weights, tokenizer), whole or not at all.
 
     dtype None keeps that of the embedding. tokenizer: has save(folder), bos_id, pad_id and stop_ids. In a run over
     several processes all must call it; process 0 writes. An existing folder is replaced only with `overwrite`, and only

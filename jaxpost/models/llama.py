@@ -95,14 +95,13 @@ def config_from_hf(config: Mapping[str, Any]) -> DecoderSpec:
 def rope_from_hf(config: Mapping[str, Any], max_positions: int) -> RopeSpec:
     """RopeSpec from `rope_parameters` (transformers 5) or `rope_theta` + `rope_scaling` (before); both must agree."""
     theta = _number(config, "rope_theta", None)
-    found = {
-        key: _rope(config[key], key, theta, max_positions) for key in ("rope_parameters", "rope_scaling") if config.get(key)
-    }
+    spellings = [key for key in ("rope_parameters", "rope_scaling") if config.get(key)]
+    found = {_rope(config[key], key, theta, max_positions) for key in spellings}
     if not found:
         return RopeSpec(theta=theta or 10000.0)
-    if len(set(found.values())) > 1:
+    if len(found) > 1:
         raise ConfigError("config.json: rope_parameters and rope_scaling disagree; remove one")
-    return next(iter(found.values()))
+    return found.pop()
 
 
 ROPE_KEYS = {  # kind -> what may stand beside rope_type, rope_theta and partial_rotary_factor

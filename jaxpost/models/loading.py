@@ -88,7 +88,7 @@ def _locate(source: str, runs: tuple[str, ...] = ()) -> Located:
 
 
 def load_params(located: Located, dtype: Any, shardings: Any = None) -> dict:
-    """The parameter tree in `dtype`; shardings: a tree like it. ckpt: is restored by build.py, which knows checkpoints."""
+    """The parameter tree in `dtype`; shardings: a tree like it. Not for ckpt:, which build.py restores."""
     if located.kind == "hf":
         return hf.load_hf(located.path, dtype, shardings, located.spec)
     if located.kind == "gguf":
@@ -147,7 +147,7 @@ def _download(name: str) -> pathlib.Path:
         raise ConfigError(f"model source 'hf:{name}' needs huggingface_hub: pip install huggingface-hub") from None
     try:
         folder = huggingface_hub.snapshot_download(repo, revision=revision or None, allow_patterns=HUB_FILES)
-    except Exception as error:  # network, gate, name and disk errors of several libraries; the user needs their first line
+    except Exception as error:  # of several libraries: network, gate, name, disk; their first line says it
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0") else ""
         raise ConfigError(f"model source 'hf:{name}' could not be fetched{offline}: {reason[:300]}") from None

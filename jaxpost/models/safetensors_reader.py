@@ -93,7 +93,7 @@ def read_header(file: str | os.PathLike) -> dict[str, TensorInfo]:
     position, data = 0, size - 8 - length
     for begin, end, name, _, _ in spans:
         if begin != position:
-            raise CheckpointError(f"{file}: {name[:200]!r} starts at byte {begin}, expected {position} (gap or overlap)")
+            raise CheckpointError(f"{file}: {name[:200]!r} starts at byte {begin}, expected {position}")
         position = end
     if position != data:
         raise CheckpointError(f"{file}: header describes {position} bytes of weights, the file holds {data}")
@@ -113,7 +113,8 @@ def _entry(entry: Any, what: str) -> tuple[str, tuple[int, ...], int, int]:
         raise CheckpointError(f"{what}: bad data_offsets {str(offsets)[:100]}")
     wanted = math.prod(shape) * ITEM_BYTES[dtype]
     if offsets[1] - offsets[0] != wanted:
-        raise CheckpointError(f"{what}: {dtype} {shape} takes {wanted} bytes, data_offsets span {offsets[1] - offsets[0]}")
+        span = offsets[1] - offsets[0]
+        raise CheckpointError(f"{what}: {dtype} {shape} takes {wanted} bytes, data_offsets span {span}")
     return dtype, tuple(shape), offsets[0], offsets[1]
 
 

@@ -341,15 +341,16 @@ def test_worker_survives_ctrl_c_and_the_death_of_its_parent():
 
 
 def test_an_interrupted_request_leaves_no_stale_reply(monkeypatch):
-    def interrupted(size):
-        raise KeyboardInterrupt
+    class Interrupted:
+        def read(self, size):
+            raise KeyboardInterrupt
+
+        def close(self):
+            pass
 
     template.render("a", [], {})
-    monkeypatch.setattr(template._worker, "process", template._worker.process)
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(
-            template._worker.process, "stdout", type("Out", (), {"read": interrupted, "close": lambda _: 0})()
-        )
+    monkeypatch.setattr(template._worker.process, "stdout", Interrupted())
+    with pytest.raises(KeyboardInterrupt):
         template.render("b", [], {})
     assert template.render("c", [], {}).text == "c"
 

@@ -40,7 +40,7 @@ def test_it_learns_and_resumes_bit_for_bit(tmp_path, lora):
     whole = tiny.load(tmp_path / "a", lora=lora, loop={"steps": 12, "save_every": 4, "eval_every": 6})
     final = run(whole)
     losses = tiny.metric(whole.run_dir, "loss")
-    assert len(losses) == 12 and losses[-1] < 0.75 * losses[0]
+    assert len(losses) == 12 and losses[-1] < (0.75 if lora is None else 0.95) * losses[0]  # adapters of a random base
     held_out = tiny.metric(whole.run_dir, "eval/loss")
     assert len(held_out) == 2 and held_out[1] < held_out[0]
 

@@ -148,6 +148,9 @@ class Steps:
     def event(self, text):
         print(text)
 
+    def truncate(self, step):
+        pass
+
     def flush(self):
         pass
 

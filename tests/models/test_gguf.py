@@ -13,7 +13,6 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxpost.errors import CheckpointError, ConfigError
 from jaxpost.models import assemble, decoder, gguf, llama
 from jaxpost.models.gguf_reader import read_gguf
-from jaxpost.ops.rope import RopeSpec
 
 TESTS = pathlib.Path(__file__).parents[1]
 LLAMAS = runpy.run_path(str(TESTS / "parity" / "llama_cases.py"))
@@ -188,7 +187,8 @@ def test_placed_on_a_mesh(tmp_path):
 
 
 def test_metadata_reads_like_the_packages_reader(tmp_path):
-    file = write(tmp_path / "x.gguf", metadata=[("bool", "x.flag", True), ("string", "x.name", "naïve"), ("int64", "x.n", -7)])
+    values = [("bool", "x.flag", True), ("string", "x.name", "naïve"), ("int64", "x.n", -7)]
+    file = write(tmp_path / "x.gguf", metadata=values)
     found = read_gguf(file).metadata
     for key, field in library.GGUFReader(file).fields.items():
         if not key.startswith("GGUF."):

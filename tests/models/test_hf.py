@@ -2,8 +2,10 @@
 
 import dataclasses
 import json
+import os
 import pathlib
 import runpy
+import socket
 import subprocess
 import sys
 import tracemalloc
@@ -207,7 +209,8 @@ def sharded(path: pathlib.Path) -> tuple[pathlib.Path, dict]:
 
 
 @pytest.mark.parametrize(
-    "name", ["../evil.safetensors", "/etc/evil.safetensors", "a/b.safetensors", "..", "", 7, "model.bin", "a\\b.safetensors"]
+    "name",
+    ["../evil.safetensors", "/etc/evil.safetensors", "a/b.safetensors", "..", "", 7, "model.bin", "a\\b.safetensors"],
 )
 def test_shard_names_stay_in_the_folder(tmp_path, name):
     path, index = sharded(tmp_path / "out")
@@ -258,7 +261,8 @@ def test_folders_that_hold_no_model(tmp_path):
         hf.read_spec(tmp_path)
     with pytest.raises(ConfigError, match="no such folder"):
         hf.read_spec(tmp_path / "none")
-    for content, message in ((b"[]", "not a JSON object"), (b"{", "not valid JSON"), (b'{"a":1,"a":2}', "'a' appears twice")):
+    broken = {b"[]": "not a JSON object", b"{": "not valid JSON", b'{"a":1,"a":2}': "'a' appears twice"}
+    for content, message in broken.items():
         (tmp_path / "config.json").write_bytes(content)
         with pytest.raises(CheckpointError, match=message):
             hf.read_spec(tmp_path)
@@ -368,3 +372,38 @@ def test_bfloat16_params_are_exported_as_they_are(tmp_path):
     tree = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params())
     out = hf.save_hf(tree, SPEC, tmp_path / "out")
     assert_same_bits(hf.load_hf(out, jnp.bfloat16), tree)
+
+
+TWO_PROCESSES = """
+import sys
+import jax
+jax.distributed.initialize(f"localhost:{sys.argv[1]}", 2, int(sys.argv[2]))
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jaxpost.models import hf
+from jaxpost.models.spec import abstract_params, is_info
+source, out = sys.argv[3:]
+mesh = jax.make_mesh((jax.device_count(),), ("fsdp",), axis_types=(AxisType.Auto,))
+axes = {"embed": "fsdp"}
+place = lambda info: NamedSharding(mesh, PartitionSpec(*(axes.get(a) for a in info.axes)))
+spec = hf.read_spec(source)
+params = hf.load_hf(source, "float32", jax.tree.map(place, abstract_params(spec), is_leaf=is_info))
+assert not params["embed"].is_fully_addressable
+hf.save_hf(params, spec, out, max_shard_bytes=9_000)
+"""
+
+
+def test_two_processes_load_and_save_one_model(tmp_path):
+    """Each reads its slices, process 0 writes the whole."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    source, out = folder(tmp_path / "in"), tmp_path / "out"
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
+    arguments = lambda rank: [sys.executable, "-c", TWO_PROCESSES, str(port), str(rank), source, out]
+    both = [
+        subprocess.Popen(arguments(rank), cwd=TESTS.parent, env=os.environ | flags, stderr=subprocess.PIPE, text=True)
+        for rank in range(2)
+    ]
+    errors = [process.communicate(timeout=240)[1] for process in both]
+    assert [process.returncode for process in both] == [0, 0], errors
+    assert_same_bits(hf.load_hf(out, "float32"), params())

@@ -57,7 +57,7 @@ HOSTILE = {
     "product overflow": (raw({"a": entry(shape=(1 << 62, 1 << 62, 4))}), "takes .* bytes"),
     "many dims": (raw({"a": entry(shape=(1,) * 1000)}), "bad shape"),
     "offsets reversed": (raw({"a": entry(offsets=(16, 0))}), "bad data_offsets"),
-    "offsets past the end": (raw({"a": entry(offsets=(0, 64), shape=(4, 4))}), "64 bytes of weights, the file holds 16"),
+    "offsets past the end": (raw({"a": entry(offsets=(0, 64), shape=(4, 4))}), "64 bytes .* the file holds 16"),
     "offset 2^63": (raw({"a": entry(offsets=(1 << 63, (1 << 63) + 16))}), "bad data_offsets"),
     "overlap": (raw({"a": entry(), "b": entry(offsets=(8, 24))}, 24), "'b' starts at byte 8, expected 16"),
     "same bytes twice": (raw({"a": entry(), "b": entry()}), "starts at byte 0, expected 16"),

@@ -1,4 +1,4 @@
-"""Small Llamas of every kind that we read, with weights from a formula: both sides of a golden file make them. Numpy alone."""
+"""Small Llamas of every kind, with weights from a formula that both sides of a golden file compute. Numpy alone."""
 
 from __future__ import annotations
 

@@ -103,8 +103,8 @@ def real() -> None:
         )
         print(rows[-1]["text"], rows[-1]["smallest_gap"])
     lines = ",\n".join(f"  {json.dumps(row)}" for row in rows)
-    text = f'{{"versions": {json.dumps(VERSIONS)}, "eos_id": 2, "max_new_tokens": {NEW_TOKENS}, "rows": [\n{lines}\n]}}\n'
-    (GOLDEN / "models_smollm2_greedy.json").write_text(text)
+    head = json.dumps({"versions": VERSIONS, "eos_id": 2, "max_new_tokens": NEW_TOKENS})[:-1]
+    (GOLDEN / "models_smollm2_greedy.json").write_text(f'{head}, "rows": [\n{lines}\n]}}\n')
 
 
 if __name__ == "__main__":
