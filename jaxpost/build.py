@@ -170,7 +170,7 @@ def build_job(
         sinks.event(f"resumed at step {int(state.step)} of {total_steps}")
     stochastic = config.lora is not None and config.lora.dropout > 0
     train_step = make_step(
-        algorithm, policy, tx, micro_batches=config.loop.micro_batches, clip_norm=config.optim.clip_norm,
+        algorithm, policy, tx, micro_batches=config.loop.micro_batches, schedule=schedule, clip_norm=config.optim.clip_norm,
         trainable=trainable_mask(config.optim, params), seed=config.seed, stochastic=stochastic,
     )  # fmt: skip
     peak = flops.peak_flops(jax.devices()[0].device_kind)
@@ -184,7 +184,6 @@ def build_job(
         checkpointer=checkpointer,
         sinks=sinks,
         total_steps=total_steps,
-        learning_rate=lambda step: float(schedule(step)),
         meta=meta,
         flops_per_token=lambda length: flops.train_flops_per_token(policy.spec, length, adapter_params=adapter_params),
         peak_flops=None if peak is None else peak * rules.mesh.size,

@@ -49,7 +49,6 @@ class Job:
     checkpointer: Any
     sinks: Any
     total_steps: int
-    learning_rate: Callable[[int], float]
     meta: dict[str, Any]  # saved beside every checkpoint
     flops_per_token: Callable[[int], float] | None = None  # of the mean segment length
     peak_flops: float | None = None  # of all devices together, None where not known
@@ -79,9 +78,6 @@ def run(config: LoopConfig, job: Job) -> TrainState:
                 _log(config, job, clock, *previous)
             job.meta["num_tokens"] += job.source.info["num_tokens"]
             previous = (step + 1, metrics, job.source.info | {"total_tokens": job.meta["num_tokens"]})
-            if metrics["loss"].is_ready():  # a backend that runs a program inside its call, as CPUs do
-                _log(config, job, clock, *previous)
-                previous = None
             done, last = step + 1, step + 1 == job.total_steps
             stopping = stop.agreed(done)
             evaluating = last or (config.eval_every and done % config.eval_every == 0)
@@ -110,7 +106,6 @@ def _log(config: LoopConfig, job: Job, clock: _Clock, step: int, metrics: Metric
         return
     values = {name: float(value) for name, value in jax.device_get(metrics).items()}
     in_a_row = int(values.pop("skipped_in_a_row"))
-    values["learning_rate"] = job.learning_rate(step - 1 - int(values["skipped_steps"]))
     values |= {name: value for name, value in info.items() if name not in ("total_tokens", "example_ids")}
     values |= clock.read() | {"num_tokens": info["total_tokens"]}
     job.sinks.log(step, values, total_steps=job.total_steps)

@@ -31,6 +31,7 @@ def make_step(
     tx: optax.GradientTransformation,
     *,
     micro_batches: int = 1,
+    schedule: Callable[[Array], Array] | None = None,
     clip_norm: float | None = None,
     trainable: Any = None,
     seed: int = 0,
@@ -40,7 +41,7 @@ def make_step(
 
     Weights are normalised over the whole batch before it is split, so micro_batches changes rounding only. An update
     whose loss or gradient norm is not finite is not applied and counted in state.scalars; state.step advances all the
-    same. trainable: a tree of bools like params; the gradient of a leaf marked False is dropped before the norm is
+    same. schedule: the optimiser's, only to report its value. trainable: a tree of bools like params; the gradient of a leaf marked False is dropped before the norm is
     taken. stochastic: hand the loss a key, folded from (seed, step, micro-batch); else its rng is None.
     """
 
@@ -76,7 +77,10 @@ def make_step(
             scalars={**scalars, "skipped_steps": skipped, "skipped_in_a_row": in_a_row},
         )
         metrics = {name: value.value if isinstance(value, Mean) else value for name, value in metrics.items()}
-        return new, {**metrics, "grad_norm": norm, "skipped_steps": skipped, "skipped_in_a_row": in_a_row}
+        metrics |= {"grad_norm": norm, "skipped_steps": skipped, "skipped_in_a_row": in_a_row}
+        if schedule is not None:
+            metrics["learning_rate"] = schedule(state.step - state.scalars["skipped_steps"])
+        return new, metrics
 
     return train_step
 

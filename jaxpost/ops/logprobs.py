@@ -1,7 +1,7 @@
 """Log-probabilities and entropies of tokens from hidden states and the head, without the [tokens, vocab] logits.
 
-The vocabulary is walked in tiles and, inside a tile, the tokens in chunks, so that at most [chunk, tile] logits exist at
-a time, forward and backward. Three things keep it as quick as the plain loss:
+The vocabulary is walked in tiles and, inside a tile, the tokens in chunks, so that at most [chunk, tile] logits exist
+at a time, forward and backward. Three things keep it as quick as the plain loss:
 
 - rows that the mask leaves out are moved behind the others and never multiplied (the number of chunks is dynamic);
 - a gradient that nobody asked for (a frozen head under LoRA) is not computed;
@@ -20,7 +20,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.custom_derivatives import SymbolicZero
+from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 from jax.sharding import Mesh, PartitionSpec
 
 Array = jax.Array
@@ -105,6 +105,7 @@ def token_stats(
     specs: tuple[PartitionSpec, PartitionSpec, PartitionSpec] | None = None,
 ) -> tuple[Array, Array, Array]:
     """What token_logprobs returns, and f32[...] 1 where the target is the most likely token, which has no gradient."""
+    hidden, head, targets, mask = jax.tree.map(jnp.asarray, (hidden, head, targets, mask))
     if hidden.ndim < 1 or head.ndim != 2 or hidden.shape[-1] != head.shape[1]:
         raise ValueError(f"hidden [..., D] and head [V, D] do not fit: {hidden.shape} and {head.shape}")
     if targets.shape != hidden.shape[:-1]:
@@ -144,9 +145,8 @@ def _plan_on_mesh(plan: Plan, mesh: Mesh, specs, ndim: int, head_shape: tuple[in
     if any(_axes(hidden, dim) != _axes(targets, dim) for dim in range(ndim - 1)) or _axes(hidden, ndim - 1):
         raise ValueError(f"hidden must be split like targets, its width whole: got {hidden} and {targets}")
     if set(plan.vocab_axes) & set(plan.token_axes) or not set(plan.gather_axes) <= set(plan.token_axes):
-        raise ValueError(
-            f"the head's rows must lie on axes that hold no tokens and its columns on axes that do: head {head}, targets {targets}"
-        )
+        rule = "the head's rows must lie on axes that hold no tokens and its columns on axes that do"
+        raise ValueError(f"{rule}: head {head}, targets {targets}")
     return plan
 
 
@@ -160,7 +160,8 @@ def _stats(plan, hidden, head, targets, mask, temperature):
 
 def _stats_fwd(plan, hidden, head, targets, mask, temperature):
     wanted = {name: () for name, x in (("hidden", hidden), ("head", head)) if x.perturbed}  # only its keys count
-    args = jax.tree.map(lambda x: x.value, (hidden, head, targets, mask, temperature), is_leaf=lambda x: hasattr(x, "perturbed"))
+    primals = (hidden, head, targets, mask, temperature)
+    args = jax.tree.map(lambda x: x.value, primals, is_leaf=lambda x: isinstance(x, CustomVJPPrimal))
     forward = functools.partial(_forward, plan, "head" not in wanted)
     logprobs, entropy, correct, lse, direction = _on_mesh(plan, forward, *args)
     return (logprobs, entropy, correct), (args, lse, entropy, direction, wanted)
@@ -199,7 +200,7 @@ def _on_mesh(plan: Plan, function, hidden, head, targets, mask, temperature, *pe
 
 
 class Rows:
-    """The tokens of a shard in chunks of R rows; with a mask, the rows that count come first and `chunks` holds them."""
+    """The tokens of a shard in chunks of R rows; with a mask, those that count come first, in the first `chunks`."""
 
     def __init__(self, shape: tuple[int, ...], mask: Array | None, tile: int):
         self.shape, self.num_tokens = shape, math.prod(shape)
@@ -322,7 +323,9 @@ def _forward(plan: Plan, with_direction: bool, hidden, head, targets, mask, temp
     return *map(rows.unpack, (chosen - lse, entropy, correct, lse)), direction
 
 
-def _backward(plan, want_hidden, want_head, hidden, head, targets, mask, temperature, lse, entropy, by_logprob, by_entropy):
+def _backward(
+    plan, want_hidden, want_head, hidden, head, targets, mask, temperature, lse, entropy, by_logprob, by_entropy
+):
     """(d_hidden, d_head), None where not wanted. With p the probabilities and h the entropy,
 
     d logprob / d logit_v = [v = target] - p_v and d h / d logit_v = -p_v (log p_v + h).

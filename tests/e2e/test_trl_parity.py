@@ -48,7 +48,7 @@ def test_ten_steps_log_what_trl_logs(variant, tmp_path, monkeypatch):
     for ours, theirs in zip(sinks.steps, golden["steps"], strict=True):
         assert abs(ours["loss"] - theirs["loss"]) < LOSS, table
         assert abs(ours["grad_norm"] / theirs["grad_norm"] - 1) < 5e-3, table
-        assert ours["learning_rate"] == pytest.approx(theirs["learning_rate"], rel=1e-6, abs=1e-12)
+        assert ours["learning_rate"] == pytest.approx(theirs["learning_rate"], rel=1e-5)
         if config["micro_batches"] == 1:  # TRL logs a mean of micro-batch means
             assert abs(ours["entropy"] - theirs["entropy"]) < LOSS
             # One token whose two best logits nearly tie may fall either way.

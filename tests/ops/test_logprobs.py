@@ -11,14 +11,14 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxpost.ops import logprobs as module
-from jaxpost.ops.logprobs import token_logprobs
+from jaxpost.ops.logprobs import token_logprobs, token_stats
 
 SPECS = (P(("data", "fsdp"), None, None), P("tensor", "fsdp"), P(("data", "fsdp"), None))
 
 
 def by_hand(hidden, head, targets, a, b, softcap=None, temperature=1.0):
     """((logprobs, entropy), (d_hidden, d_head)) in float64, for the cotangents a and b."""
-    hidden, head, a, b = (np.asarray(x.astype(jnp.float32), np.float64) for x in (hidden, head, a, b))
+    hidden, head, a, b = (np.asarray(x, np.float64) for x in (hidden, head, a, b))
     z = hidden @ head.T
     ratio = np.tanh(z / softcap) if softcap else 0 * z
     logits = (softcap * ratio if softcap else z) / temperature
@@ -32,23 +32,23 @@ def by_hand(hidden, head, targets, a, b, softcap=None, temperature=1.0):
     return ((logp * hit).sum(-1), entropy), (d_z @ head, d_head)
 
 
-def example(shape=(3, 11), width=16, vocab=97, dtype=jnp.float32, seed=0):
-    keys = jax.random.split(jax.random.key(seed), 5)
-    hidden = jax.random.normal(keys[0], (*shape, width)).astype(dtype)
-    head = (jax.random.normal(keys[1], (vocab, width)) * 0.5).astype(dtype)
-    targets = jax.random.randint(keys[2], shape, 0, vocab)
-    return hidden, head, targets, jax.random.normal(keys[3], shape), jax.random.normal(keys[4], shape)
+def example(shape=(3, 11), width=16, vocab=97, dtype=np.float32, seed=0):
+    """hidden, head, targets and cotangents of the logprobs and of the entropies."""
+    rng = np.random.default_rng(seed)
+    hidden, head = rng.normal(size=(*shape, width)), rng.normal(size=(vocab, width)) * 0.5
+    a, b = (rng.normal(size=shape).astype(np.float32) for _ in "ab")
+    return hidden.astype(dtype), head.astype(dtype), rng.integers(0, vocab, shape, dtype=np.int32), a, b
 
 
-def run(a, b, hidden, head, targets, wanted=(0, 1), jitted=True, **options):
+def run(a, b, hidden, head, targets, wanted=(0, 1), mask=None, **options):
     """As by_hand, by token_logprobs; b None asks for no gradient through the entropy; a single gradient for an int."""
 
-    def loss(hidden, head, targets):
-        logprobs, entropy = token_logprobs(hidden, head, targets, **options)
+    def loss(hidden, head, targets, mask, a, b):
+        logprobs, entropy = token_logprobs(hidden, head, targets, mask=mask, **options)
         return jnp.sum(a * logprobs) + (0 if b is None else jnp.sum(b * entropy)), (logprobs, entropy)
 
-    grad = jax.value_and_grad(loss, wanted, has_aux=True)
-    (_, values), grads = (jax.jit(grad) if jitted else grad)(hidden, head, targets)
+    grad = jax.jit(jax.value_and_grad(loss, wanted, has_aux=True))
+    (_, values), grads = grad(hidden, head, targets, mask, a, b)
     return values, grads
 
 
@@ -93,10 +93,10 @@ def test_values_and_gradients_equal_the_plain_formula(small_chunks, shape, vocab
         assert_close(got, (values, grads if wanted == (0, 1) else grads[wanted]))
 
 
-def test_frozen_hidden_states_and_no_jit(small_chunks):
+def test_frozen_hidden_states(small_chunks):
     hidden, head, targets, a, b = example()
     values, (_, d_head) = by_hand(hidden, head, targets, a, b)
-    assert_close(run(a, b, hidden, head, targets, 1, jitted=False, tile=40), (values, d_head))
+    assert_close(run(a, b, hidden, head, targets, 1, tile=40), (values, d_head))
 
 
 @pytest.mark.parametrize("wanted", [(0, 1), 0])
@@ -104,19 +104,19 @@ def test_frozen_hidden_states_and_no_jit(small_chunks):
 def test_masked_rows_give_zero_and_take_no_gradient_from_nan(small_chunks, share, wanted):
     hidden, head, targets, a, b = example()
     b = b if wanted else None
-    mask = jax.random.bernoulli(jax.random.key(7), share, targets.shape)
-    off = ~np.asarray(mask)
-    nans = jnp.array([jnp.nan, jnp.inf] * 8)
-    bad = (jnp.where(mask[..., None], hidden, nans), head, jnp.where(mask, targets, -100))
-    got = run(jnp.where(mask, a, jnp.nan), b, *bad, wanted, tile=16, mask=mask)
-    values, grads = by_hand(hidden, head, targets, jnp.where(mask, a, 0), jnp.where(mask, 0 * a if b is None else b, 0))
-    assert_close(got, (tuple(np.where(off, 0, x) for x in values), grads if wanted else grads[0]))
-    assert not np.any(np.asarray(jax.tree.leaves(got[1])[0])[off])
+    mask = np.random.default_rng(7).random(targets.shape) < share
+    nans = np.array([np.nan, np.inf] * 8, np.float32)
+    bad = (np.where(mask[..., None], hidden, nans), head, np.where(mask, targets, -100))
+    got = run(np.where(mask, a, np.float32(np.nan)), b, *bad, wanted, tile=16, mask=mask)
+    values, grads = by_hand(hidden, head, targets, np.where(mask, a, 0), np.where(mask, 0 * a if b is None else b, 0))
+    assert_close(got, (tuple(np.where(mask, x, 0) for x in values), grads if wanted else grads[0]))
+    assert not np.any(np.asarray(jax.tree.leaves(got[1])[0])[~mask])
 
 
 def test_temperature_may_be_traced_and_has_no_gradient():
     hidden, head, targets, _, _ = example()
-    value, grad = jax.jit(jax.value_and_grad(lambda t: jnp.sum(token_logprobs(hidden, head, targets, temperature=t)[0])))(0.7)
+    total = jax.value_and_grad(lambda t: jnp.sum(token_logprobs(hidden, head, targets, temperature=t)[0]))
+    value, grad = jax.jit(total)(0.7)
     want = by_hand(hidden, head, targets, 0 * targets, 0 * targets, None, 0.7)[0][0]
     np.testing.assert_allclose(value, np.sum(want), rtol=1e-6)
     assert grad == 0
@@ -126,6 +126,15 @@ def test_a_certain_prediction_has_entropy_zero_not_less():
     hidden, head = jnp.array([[100.0]]), jnp.array([[1.0], [-1.0], [0.0]])
     logprobs, entropy = token_logprobs(hidden, head, jnp.array([0]), tile=2)
     assert logprobs == 0 and entropy == 0
+
+
+def test_correct_says_whether_the_target_is_the_most_likely_token():
+    hidden, head, targets, _, _ = example()
+    best = np.argmax(hidden @ head.T, axis=-1)
+    targets[0] = best[0]
+    mask = np.arange(11) > 2
+    correct = token_stats(hidden, head, targets, tile=16, mask=np.broadcast_to(mask, targets.shape))[2]
+    np.testing.assert_array_equal(correct, (targets == best) & mask)
 
 
 def test_target_out_of_range_is_loud():
@@ -142,7 +151,6 @@ def test_bf16_accumulates_in_fp32(small_chunks, wanted):
     assert got[0].dtype == got[1].dtype == jnp.float32
     assert_close(got, want, 3e-6)
     assert all(g.dtype == jnp.bfloat16 for g in jax.tree.leaves(got_grads))
-    got_grads = jax.tree.map(lambda g: g.astype(jnp.float32), got_grads)
     assert_close(got_grads, want_grads if wanted else want_grads[0], 1e-2)  # rounded to bf16 once or twice: 2^-8 each
 
 
@@ -219,7 +227,7 @@ def placed(mesh, hidden, head, targets, specs=SPECS):
 )
 def test_sharded_equals_unsharded(small_chunks, axes, softcap):
     hidden, head, targets, a, b = example((8, 6), vocab=104)
-    mask = jax.random.bernoulli(jax.random.key(3), 0.6, targets.shape)
+    mask = np.random.default_rng(3).random(targets.shape) < 0.6
     mesh = mesh_of(**axes)
     options = {"tile": 8, "softcap": softcap, "temperature": 0.8, "mask": mask}
     for by_entropy, wanted in ((b, (0, 1)), (None, 0)):

@@ -69,8 +69,8 @@ FACTS = [
     "that the template puts behind the last <|im_end|> (labels are handed to TRL, which would train it)",
     "order: sequential, no shuffle; step s reads rows 8 s .. 8 s + 7 modulo 64, so steps 8 and 9 read "
     "rows a second time",
-    "padding_idx: transformers gives the embedding padding_idx = pad_token_id, which is <|im_end|> in this model, so that "
-    "the lookup of every <|im_end|> would get no gradient (here 0.1 in a grad_norm of 12.7); it is set to None",
+    "padding_idx: transformers gives the embedding padding_idx = pad_token_id, which is <|im_end|> in this model, so "
+    "that the lookup of every <|im_end|> would get no gradient (here 0.1 in a grad_norm of 12.7); it is set to None",
     "lora: PEFT on q, k, v, o, gate, up, down of every layer, dropout 0; A from rows.lora_a (transposed), B zero",
 ]
 # The GGUF's template with generation markers around what an assistant says: same text, plus the assistant mask.
