@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import pathlib
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -130,9 +131,7 @@ def build_job(
 
     def make_task(source: SourceConfig) -> tasks.Task:
         template = config.model.chat_template
-        return tasks.make_task(
-            source.task, model.located.tokenizer_path, config.data.loss_on, chat_template=template
-        )
+        return tasks.make_task(source.task, model.located.tokenizer_path, config.data.loss_on, chat_template=template)
 
     identity = {"model.tokenizer": model.tokenizer.fingerprint}
     rows = PackedSource(
@@ -146,7 +145,9 @@ def build_job(
     checkpointer = Checkpointer(config.run_dir, config.checkpoint)
     shardings = _state_shardings(params, tx, algorithm, rules)
     abstract = jax.eval_shape(lambda p: init_state(p, tx, algorithm.slow), params)
-    abstract = jax.tree.map(lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), abstract, shardings)
+    abstract = jax.tree.map(
+        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), abstract, shardings
+    )
     checkpointer.preflight(sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(abstract)))
 
     meta = {"format": FORMAT, "num_tokens": 0, "weights": content_hash_of(model.located)}
@@ -185,7 +186,7 @@ def build_job(
         sinks=sinks,
         total_steps=total_steps,
         meta=meta,
-        flops_per_token=lambda length: flops.train_flops_per_token(policy.spec, length, adapter_params=adapter_params),
+        flops_per_token=partial(flops.train_flops_per_token, policy.spec, adapter_params=adapter_params),
         peak_flops=None if peak is None else peak * rules.mesh.size,
         num_programs=len(config.data.widths),
     )
@@ -225,8 +226,10 @@ def _eval_tasks(config: Config, tokenizer: Tokenizer) -> list[Task]:
 
     built = [
         build(
-            task.name, [SourceConfig(source=task.source, limit=task.limit)],
-            task_metrics.find(task.metric, f"eval.tasks[{i}].metric"), task.max_new_tokens,
+            task.name,
+            [SourceConfig(source=task.source, limit=task.limit)],
+            task_metrics.find(task.metric, f"eval.tasks[{i}].metric"),
+            task.max_new_tokens,
         )  # fmt: skip
         for i, task in enumerate(config.eval.tasks)
     ]

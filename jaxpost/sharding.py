@@ -59,7 +59,7 @@ def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
     devices = jax.devices() if devices is None else devices
     sizes = {axis: getattr(config, axis) for axis in AXES}
     if bad := [axis for axis, size in sizes.items() if size == 0 or size < -1]:
-        raise ConfigError(f"mesh.{bad[0]}: {sizes[bad[0]]} devices; give a positive number, or -1 for all that are left")
+        raise ConfigError(f"mesh.{bad[0]}: {sizes[bad[0]]} devices; give a positive number, or -1 for the rest")
     fill = [axis for axis, size in sizes.items() if size == -1]
     if len(fill) > 1:
         raise ConfigError(f"mesh.{fill[1]}: only one axis may be -1, and mesh.{fill[0]} is")
@@ -153,5 +153,5 @@ def host_rows(mesh: Mesh) -> tuple[int, int]:
     grid = mesh.devices.reshape(math.prod(mesh.shape[axis] for axis in BATCH), -1)
     mine = [i for i, row in enumerate(grid) if any(d.process_index == jax.process_index() for d in row)]
     if mine != list(range(mine[0], mine[0] + len(mine))) or len(grid) % len(mine) or mine[0] % len(mine):
-        raise ConfigError("mesh: the devices of one process are not a block of the data and fsdp axes; reorder the axes")
+        raise ConfigError("mesh: the devices of a process are no block of the data and fsdp axes; reorder the axes")
     return mine[0] // len(mine), len(grid) // len(mine)

@@ -41,8 +41,9 @@ def make_step(
 
     Weights are normalised over the whole batch before it is split, so micro_batches changes rounding only. An update
     whose loss or gradient norm is not finite is not applied and counted in state.scalars; state.step advances all the
-    same. schedule: the optimiser's, only to report its value. trainable: a tree of bools like params; the gradient of a leaf marked False is dropped before the norm is
-    taken. stochastic: hand the loss a key, folded from (seed, step, micro-batch); else its rng is None.
+    same. schedule: the optimiser's, only to report its value. trainable: a tree of bools like params; the gradient of a
+    leaf marked False is dropped before the norm is taken. stochastic: hand the loss a key, folded from (seed, step,
+    micro-batch); else its rng is None.
     """
 
     def train_step(state: TrainState, frozen: Frozen, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -51,7 +52,7 @@ def make_step(
 
         def value_and_grad(part: Batch, number: Array) -> tuple[Any, Metrics]:
             key = jax.random.fold_in(rng, number) if stochastic else None
-            loss = lambda params: algorithm.loss(apply, params, frozen, part, key)  # noqa: E731
+            loss = lambda params: algorithm.loss(apply, params, frozen, part, key)
             (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(state.params)
             return grads, {"loss": value, **metrics}
 
@@ -73,7 +74,10 @@ def make_step(
             step=state.step + 1,
             params=params,
             opt_state=opt_state,
-            slow={role: _move(rule, state.slow[role], params[role], state.step + 1) for role, rule in algorithm.slow.items()},
+            slow={
+                role: _move(rule, state.slow[role], params[role], state.step + 1)
+                for role, rule in algorithm.slow.items()
+            },
             scalars={**scalars, "skipped_steps": skipped, "skipped_in_a_row": in_a_row},
         )
         metrics = {name: value.value if isinstance(value, Mean) else value for name, value in metrics.items()}

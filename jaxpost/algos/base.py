@@ -74,9 +74,7 @@ class Algorithm(abc.ABC):
         return batch
 
     @abc.abstractmethod
-    def prepare(
-        self, apply: Policy, state: TrainState, frozen: Frozen, batch: Batch
-    ) -> tuple[Batch, dict[str, Array]]:
+    def prepare(self, apply: Policy, state: TrainState, frozen: Frozen, batch: Batch) -> tuple[Batch, dict[str, Array]]:
         """Weights and batch statistics over the whole global batch, at the top of the step; new state.scalars."""
 
     @abc.abstractmethod

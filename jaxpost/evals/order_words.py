@@ -1,7 +1,6 @@
 """Word lists of the orders task. No name or city stands in two lists."""
 
 DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
-NUMBERS = "zero one two three four five six seven eight nine ten eleven twelve".split()
 COLOURS = "red blue green yellow black white grey brown purple pink orange silver gold beige".split()
 
 # Every plural is the word and an s.
@@ -24,7 +23,7 @@ Ruben Sarah Timo Violet William Xavier Yvonne Zoltan Agnes Bogdan Camille Dario 
 Joao Kenji Leila Miguel Naomi Olaf Pilar Ramon Sakura Thandi Ugo Veronika Wei Xenia Yannick Zara Akira Babak Cosima
 Desmond Eszter Fynn Giulia Hamza Imani Jiho Kaan Ludmila Mwangi Nomsa Odile Pavel Roshni Sigrid Takumi Ulla Vikram
 """.split() + [
-    "José", "Zoë", "Björn", "Mary Ann", "Jean Paul", "Ana Lucia", "Mr. Baker", "Mrs. Novak", "Dr. Osei", "Ms. Laurent",
+    "José", "Zoë", "Björn", "Mary Ann", "Jean Paul", "Ana Lucia",
     "Carl Lang", "Amir Shah", "Lea Moreau", "Tomas Vega", "Kim Hale", "Ruth Adler", "Ben Okoro", "Ida Lund",
 ]  # fmt: skip
 

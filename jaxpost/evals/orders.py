@@ -23,7 +23,7 @@ SPLITS = ("train", "heldout", "unseen")
 HELDOUT_SHARE = 16  # one order in so many belongs to heldout
 MAX_ANSWER_CHARACTERS = 1000  # longer text is no answer and is not parsed
 
-WHAT = ("{n} {colour} {items}", "{n} {colour} {items}", "{n} {items} in {colour}", "{colour} {items} ({n})")
+WHAT = ("{n} {colour} {items}", "{n} {colour} {items}", "{n} {items} in {colour}")
 WHERE = ("in", "from", "of")
 # One order, many ways to say it. {who} may open a sentence; {where} is "in", "from" or "of".
 SENTENCES = (
@@ -31,44 +31,19 @@ SENTENCES = (
     "{who} {where} {city} would like {what} on {day}.",
     "{who} {where} {city} needs {what} by {day}.",
     "{who} bought {what} on {day}; please send them to {city}.",
-    "{who} wants {what} sent to {city} by {day}.",
     "{who} called on {day} and asked for {what}, to be shipped to {city}.",
-    "{who} ({city}) asked for {what}, due {day}.",
     "{who}, who lives in {city}, ordered {what} last {day}.",
-    "{who} is waiting in {city} for {what}, due on {day}.",
     "{who} will collect {what} at our shop in {city} on {day}.",
-    "{day}: {what} for {who}, {city}.",
-    "{day}, {city}: {who} takes {what}.",
-    "{city}, {day}. Customer {who}. Wanted: {what}.",
-    "{what} to {city} for {who}, {day} at the latest.",
-    "{what}, please, for {who} in {city}, on {day}.",
     "On {day} {who} from {city} ordered {what}.",
-    "On {day} we shipped {what} to {who} in {city}.",
-    "On {day} our shop in {city} sold {what} to {who}.",
-    "By {day}, {who} in {city} must have {what}.",
     "In {city}, {who} reserved {what} for {day}.",
-    "From {city} comes an order for {what}: the name is {who}, the day {day}.",
     "For {who} in {city}: {what}, {day}.",
-    "For {day} we need {what} in {city}; the customer is {who}.",
-    "To {city}, for {who}: {what}. Delivery on {day}.",
     "Please send {what} to {who} in {city} on {day}.",
-    "Please pack {what} on {day}; {who} from {city} will pay.",
-    "Deliver {what} to {city} on {day}, attention of {who}.",
-    "Ship {what} to {who}, {city}, before {day}.",
-    "Put {what} aside for {who}, who comes from {city} on {day}.",
     "Hello, this is {who} from {city}. Could I have {what} on {day}?",
     "Hi, {who} here. I live in {city} and need {what} by {day}.",
-    "My name is {who}. Send {what} to {city}, {day} is fine.",
-    "Good morning! {what} for {day}, please. {who}, {city}",
-    "I would like {what} on {day}. Regards, {who}, {city}",
     "Can {who} get {what} in {city} before {day}?",
     "New order from {city}: {who} wants {what} on {day}.",
     "Order for {day}: {what}. Name: {who}. Place: {city}.",
     "The customer {who} of {city} has asked for {what} by {day}.",
-    "A parcel with {what} leaves for {city} on {day}; it belongs to {who}.",
-    "Yesterday {who} phoned from {city}: {what} until {day}.",
-    "We promised {who} {what} for {day}, delivered to {city}.",
-    "{who} changed the order to {what}, still for {day}, still to {city}.",
 )
 
 
@@ -152,10 +127,7 @@ def _draw_order(rng: random.Random, names, cities) -> dict:
 
 
 def _say(rng: random.Random, order: dict) -> str:
-    quantity = order["quantity"]
-    spoken = quantity < len(words.NUMBERS) and rng.randrange(3) == 0
-    number = words.NUMBERS[quantity] if spoken else str(quantity)
-    what = _pick(rng, WHAT).format(n=number, colour=order["colour"], items=order["item"] + "s")
+    what = _pick(rng, WHAT).format(n=order["quantity"], colour=order["colour"], items=order["item"] + "s")
     sentence = _pick(rng, SENTENCES).format(
         what=what, who=order["name"], where=_pick(rng, WHERE), city=order["city"], day=order["day"]
     )

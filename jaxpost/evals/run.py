@@ -113,7 +113,8 @@ class Evaluator:
             )  # fmt: skip
         for record in records[:show]:
             mark = "" if record["score"] is None else f"  (score {record['score']:g})"
-            self._report(f"step {step} sample{mark}\n  {_one_line(record['prompt'])}\n  -> {_one_line(record['completion'])}")
+            asked, said = _one_line(record["prompt"]), _one_line(record["completion"])
+            self._report(f"step {step} sample{mark}\n  {asked}\n  -> {said}")
         if self._writes:
             self._folder.mkdir(parents=True, exist_ok=True)
             with (self._folder / f"{step:08d}-{task.name}.jsonl").open("w", encoding="utf-8") as file:

@@ -109,7 +109,7 @@ class ParamInfo:
 
     shape: tuple[int, ...]
     axes: tuple[str | None, ...]
-    init: str = "normal"  # "normal" (truncated, 1/sqrt(fan_in)) | "embed" (0.02) | "ones" | "zeros" | "kaiming" (LoRA's a)
+    init: str = "normal"  # normal (truncated, 1/sqrt(fan_in)) | embed (0.02) | ones | zeros | kaiming (LoRA's a)
     dtype: Any = jnp.float32
 
     @property

@@ -25,8 +25,8 @@ from jax.sharding import Mesh, PartitionSpec
 
 Array = jax.Array
 
-TILE = 8192  # columns of the local vocabulary at a time
-CHUNK_BYTES = 16 * 2**20  # most fp32 logits alive at a time
+TILE = 4096  # columns of the local vocabulary at a time
+CHUNK_BYTES = 8 * 2**20  # most fp32 logits at a time: 512 rows of a tile; more rows would skip less
 MASKED = -1e30  # a logit that does not count; finite, because 0 * -inf is nan
 
 
@@ -336,7 +336,8 @@ def _backward(
     x, y, inverse = rows.pack(hidden), rows.pack(targets), 1 / temperature
     per_token = tuple(rows.pack(a) for a in (lse, entropy, by_logprob, by_entropy))
 
-    def tile_step(i, carry):
+    def tile_step(step, carry):
+        i = head.num_tiles - 1 - step  # backwards: what the last tile writes where it overlaps is written over
         d_hidden, d_head = carry
         weight = lax.dynamic_slice_in_dim(head.matrix, head.start(i), head.tile).astype(dtype)
 
@@ -357,8 +358,7 @@ def _backward(
 
         d_weight = jnp.zeros(weight.shape, jnp.float32) if want_head else None
         d_hidden, d_weight = lax.fori_loop(0, rows.chunks, chunk_step, (d_hidden, d_weight))
-        if want_head:  # added, not set: the last tile overlaps
-            d_weight = d_weight + lax.dynamic_slice_in_dim(d_head, head.start(i), head.tile)
+        if want_head:
             d_head = lax.dynamic_update_slice_in_dim(d_head, d_weight, head.start(i), 0)
         return d_hidden, d_head
 

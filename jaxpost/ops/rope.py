@@ -13,7 +13,7 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class RopeSpec:
-    """One kind of rotary embedding; every scaling is a function of the position alone, so packing and caches are exact."""
+    """One kind of rotary embedding; scalings are functions of the position alone, so packing and caches are exact."""
 
     theta: float = 10000.0
     kind: Literal["default", "linear", "llama3", "yarn"] = "default"

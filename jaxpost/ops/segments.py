@@ -8,4 +8,4 @@ def segment_sums(values: jax.Array, segments: jax.Array, num_segments: int) -> j
 
     segments: i32[B,T] with 0 <= segments <= num_segments.
     """
-    return jax.vmap(lambda v, s: jax.ops.segment_sum(v, s, num_segments + 1, indices_are_sorted=False))(values, segments)
+    return jax.vmap(lambda v, s: jax.ops.segment_sum(v, s, num_segments + 1))(values, segments)

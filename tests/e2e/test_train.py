@@ -89,7 +89,9 @@ def test_one_program_and_one_read_a_step(tmp_path, monkeypatch):
 
 
 def test_non_finite_updates_are_not_applied_and_end_the_run(tmp_path):
-    config = tiny.load(tmp_path, loop={"steps": 8, "max_skipped_in_a_row": 3, "save_every": 1}, optim={"clip_norm": None})
+    config = tiny.load(
+        tmp_path, loop={"steps": 8, "max_skipped_in_a_row": 3, "save_every": 1}, optim={"clip_norm": None}
+    )
     good = run(tiny.load(tmp_path / "good", loop={"steps": 1}))
     assert np.isfinite(np.asarray(good.params["policy"]["embed"])).all()
     from jaxpost.losses import sft
@@ -148,7 +150,9 @@ def test_sigterm_saves_and_exits_cleanly(tmp_path):
     config = tiny.write_config(
         tmp_path, loop={"steps": 5000, "save_every": 0}, metrics={"console": "lines"}, data={"eval": []}
     )
-    process = subprocess.Popen(command(config), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | {"XLA_FLAGS": ""})
+    process = subprocess.Popen(
+        command(config), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | {"XLA_FLAGS": ""}
+    )
     metrics = tmp_path / "run" / "metrics.jsonl"
     deadline = time.time() + 120
     while time.time() < deadline and not (metrics.exists() and metrics.read_text().count("\n") > 5):

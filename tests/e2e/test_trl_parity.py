@@ -19,7 +19,7 @@ from jaxpost.sharding import make_mesh
 
 TESTS = pathlib.Path(__file__).parents[1]
 VARIANTS = ("full", "lora", "full_all_accumulated", "lora_assistant_linear", "lora_dft")
-LOSS = 1e-3  # the promise of docs/results.md
+LOSS = 1e-4  # 1e-3 is promised, 1.3e-5 was measured; the norm came within 4e-5 relative
 # Longest row of the golden file is 96 tokens: 95 positions.
 WIDTH = 96
 
@@ -47,10 +47,10 @@ def test_ten_steps_log_what_trl_logs(variant, tmp_path, monkeypatch):
     print(f"\n{variant}: ours, TRL's\n{table}")
     for ours, theirs in zip(sinks.steps, golden["steps"], strict=True):
         assert abs(ours["loss"] - theirs["loss"]) < LOSS, table
-        assert abs(ours["grad_norm"] / theirs["grad_norm"] - 1) < 5e-3, table
+        assert abs(ours["grad_norm"] / theirs["grad_norm"] - 1) < 5e-4, table
         assert ours["learning_rate"] == pytest.approx(theirs["learning_rate"], rel=1e-5)
         if config["micro_batches"] == 1:  # TRL logs a mean of micro-batch means
-            assert abs(ours["entropy"] - theirs["entropy"]) < LOSS
+            assert abs(ours["entropy"] - theirs["entropy"]) < 5e-4
             # One token whose two best logits nearly tie may fall either way.
             assert abs(ours["mean_token_accuracy"] - theirs["mean_token_accuracy"]) <= 1 / min_trained(golden) + 1e-6
 

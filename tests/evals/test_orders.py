@@ -10,7 +10,7 @@ import pytest
 from jaxpost.evals import order_words
 from jaxpost.evals.orders import KEYS, SENTENCES, SPLITS, generate_rows, main, score
 
-CHECKSUM = 690974993  # of 64 rows a split
+CHECKSUM = 3876491390  # of 64 rows a split
 
 
 def answer(row):
@@ -30,8 +30,7 @@ def test_rows_are_prompt_completion_chats_whose_answer_stands_in_the_sentence():
             assert "\n" not in row["completion"][0]["content"]
             for key in ("item", "colour", "name", "city", "day"):
                 assert order[key].lower() in sentence(row).lower()
-            spoken = order_words.NUMBERS[order["quantity"]] if order["quantity"] < 13 else "\0"
-            assert str(order["quantity"]) in sentence(row) or spoken in sentence(row).lower()
+            assert str(order["quantity"]) in sentence(row)
             assert all(key in row["prompt"][0]["content"] for key in KEYS)
 
 

@@ -11,9 +11,7 @@ from jaxpost.models import decoder
 from jaxpost.models.spec import DecoderSpec, LayerKind, abstract_params, init_params, num_params, unroll
 from jaxpost.ops.rope import RopeSpec
 
-SPEC = DecoderSpec(
-    vocab_size=64, d_model=32, num_layers=5, num_heads=4, num_kv_heads=2, head_dim=8, d_ff=48, tied=True
-)
+SPEC = DecoderSpec(vocab_size=64, d_model=32, num_layers=5, num_heads=4, num_kv_heads=2, head_dim=8, d_ff=48, tied=True)
 MIXED = dataclasses.replace(
     SPEC,
     tied=False,
@@ -42,7 +40,11 @@ def test_tree_has_the_promised_names():
     tree = abstract_params(MIXED)
     assert set(tree) == {"embed", "prefix", "blocks", "tail", "final_norm", "head"}
     assert (len(tree["prefix"]), set(tree["blocks"]), len(tree["tail"])) == (1, {"0", "1", "2"}, 1)
-    assert tree["blocks"]["0"]["attn"]["q"].shape == (1, 32, 32) and tree["blocks"]["0"]["attn"]["k"].shape == (1, 32, 16)
+    assert tree["blocks"]["0"]["attn"]["q"].shape == (1, 32, 32) and tree["blocks"]["0"]["attn"]["k"].shape == (
+        1,
+        32,
+        16,
+    )
     assert "head" not in abstract_params(SPEC) and num_params(abstract_params(SPEC)) == 64 * 32 + 32 + 5 * (
         2 * 32 + 2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48
     )
@@ -50,7 +52,13 @@ def test_tree_has_the_promised_names():
 
 def test_locate_and_kind_agree():
     places = [tuple(MIXED.locate(i)) for i in range(5)]
-    assert places == [("prefix", 0, None), ("blocks", "0", 0), ("blocks", "1", 0), ("blocks", "2", 0), ("tail", 0, None)]
+    assert places == [
+        ("prefix", 0, None),
+        ("blocks", "0", 0),
+        ("blocks", "1", 0),
+        ("blocks", "2", 0),
+        ("tail", 0, None),
+    ]
     assert [MIXED.kind(i).window for i in range(5)] == [4, 4, None, None, 4]
     with pytest.raises(ValueError, match="layer 5"):
         MIXED.locate(5)

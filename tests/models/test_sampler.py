@@ -74,7 +74,9 @@ def test_behaviour_logprobs_are_the_models(params):
 def test_sampled_frequencies_match_the_distribution():
     logits = jnp.log(jnp.array([0.5, 0.3, 0.15, 0.05]))
     count = 20000
-    tokens, _, _ = sample(jnp.broadcast_to(logits, (count, 4)), jax.random.split(jax.random.key(0), count), temperature=1.0)
+    tokens, _, _ = sample(
+        jnp.broadcast_to(logits, (count, 4)), jax.random.split(jax.random.key(0), count), temperature=1.0
+    )
     seen = np.bincount(np.asarray(tokens), minlength=4)
     expected = count * np.array([0.5, 0.3, 0.15, 0.05])
     assert ((seen - expected) ** 2 / expected).sum() < 16.3  # chi-square, 3 degrees of freedom, p = 0.001

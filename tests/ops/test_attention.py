@@ -142,8 +142,15 @@ def test_cache_equals_full_row_and_ignores_unwritten_slots():
 
 def test_first_visible():
     segments = np.array([[1, 1, 2, 2, 2, 0, 0], [0, 1, 1, 0, 2, 2, 2]])
-    assert jax.jit(first_visible, static_argnums=1)(segments, None).tolist() == [[0, 0, 2, 2, 2, 7, 7], [7, 1, 1, 7, 4, 4, 4]]
-    assert jax.jit(first_visible, static_argnums=1)(segments, 2).tolist() == [[0, 0, 2, 2, 3, 7, 7], [7, 1, 1, 7, 4, 4, 5]]
+    first = jax.jit(first_visible, static_argnums=1)
+    assert first(segments, None).tolist() == [
+        [0, 0, 2, 2, 2, 7, 7],
+        [7, 1, 1, 7, 4, 4, 4],
+    ]
+    assert first(segments, 2).tolist() == [
+        [0, 0, 2, 2, 3, 7, 7],
+        [7, 1, 1, 7, 4, 4, 5],
+    ]
 
 
 def test_blocks_outside_are_not_touched():
