@@ -1,6 +1,6 @@
 """How long until the first step, with a cold and a warm compilation cache, and how often the step is compiled.
 
-    python benchmarks/startup.py          prints a section of docs/performance.md
+python benchmarks/startup.py          prints a section of docs/performance.md
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ def help_seconds() -> float:
     times = []
     for _ in range(5):
         start = time.perf_counter()
-        subprocess.run([sys.executable, "-m", "jaxpost.train", "--help"], check=True, stdout=subprocess.DEVNULL, cwd=ROOT)
+        command = [sys.executable, "-m", "jaxpost.train", "--help"]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, cwd=ROOT)
         times.append(time.perf_counter() - start)
     return sorted(times)[2]
 
@@ -31,7 +32,8 @@ def help_seconds() -> float:
 def first_step(folder: pathlib.Path, cache: pathlib.Path) -> tuple[float, float, list[float]]:
     """(seconds of the whole command until it is done, seconds to the first step, step times after it)."""
     run = folder / "run"
-    command = [sys.executable, "-m", "jaxpost.train", "--config=configs/quickstart.yaml", "--overwrite", f"run_dir={run}"]
+    command = [sys.executable, "-m", "jaxpost.train", "--config=configs/quickstart.yaml", "--overwrite"]
+    command += [f"run_dir={run}"]
     command += [f"loop.steps={STEPS}", "loop.eval_first=false", "eval.tasks=[]", "eval.samples=0", "data.eval=[]"]
     command += ["metrics.console=lines", "loop.save_every=0"]
     start = time.perf_counter()
@@ -47,12 +49,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         folder = pathlib.Path(folder)
         rows = [(name, *first_step(folder, folder / "cache")) for name in ("cold", "warm")]
-    print("| compilation cache | first step, s (rows, compilation, step) | later steps, s (median) | whole command, s |")
+    print("| compilation cache | first step, s (rows, compilation, step) | later steps, s | whole command, s |")
     print("|---|---:|---:|---:|")
     for name, total, first, later in rows:
         print(f"| {name} | {first:.1f} | {sorted(later)[len(later) // 2]:.1f} | {total:.1f} |")
-    print(f"\n`python -m jaxpost.train --help`: {help_seconds():.2f} s (median of 5). The step compiled once in each run: the")
-    print("loop stops with an error when a run compiles more programs than it declares batch shapes.")
+    print(f"\n`python -m jaxpost.train --help`: {help_seconds():.2f} s (median of 5).")
+    print("The step compiled once in each run: a run that compiles more programs than it declares batch shapes stops.")
 
 
 if __name__ == "__main__":

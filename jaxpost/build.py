@@ -171,9 +171,16 @@ def build_job(
         sinks.event(f"resumed at step {int(state.step)} of {total_steps}")
     stochastic = config.lora is not None and config.lora.dropout > 0
     train_step = make_step(
-        algorithm, policy, tx, micro_batches=config.loop.micro_batches, schedule=schedule, clip_norm=config.optim.clip_norm,
-        trainable=trainable_mask(config.optim, params), seed=config.seed, stochastic=stochastic,
-    )  # fmt: skip
+        algorithm,
+        policy,
+        tx,
+        micro_batches=config.loop.micro_batches,
+        schedule=schedule,
+        clip_norm=config.optim.clip_norm,
+        trainable=trainable_mask(config.optim, params),
+        seed=config.seed,
+        stochastic=stochastic,
+    )
     peak = flops.peak_flops(jax.devices()[0].device_kind)
     adapter_params = None if config.lora is None else num_params(params)
     return Job(
