@@ -167,6 +167,18 @@ def read_metrics(run_dir: str | os.PathLike) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines if _step_of(line) != math.inf]
 
 
+def before_and_after(run_dir: str | os.PathLike) -> str:
+    """First and last value of everything that was evaluated, a line each; "" where there are not two evaluations."""
+    evaluations = [record for record in read_metrics(run_dir) if any(name.startswith("eval/") for name in record)]
+    if len(evaluations) < 2:
+        return ""
+    first, last = evaluations[0], evaluations[-1]
+    lines = [f"before (step {first['step']}) and after (step {last['step']})"]
+    names = [name for name in last if name.startswith("eval/") and isinstance(first.get(name), int | float)]
+    lines += [f"  {name.removeprefix('eval/'):<22}{first[name]:>10.4f}{last[name]:>10.4f}" for name in names]
+    return "\n".join(lines)
+
+
 def summary(numbers: Mapping[str, float]) -> str:
     """The numbers worth a place in the terminal: the known few of training, or all of an evaluation."""
     known = {short: numbers[name] for name, short in SHOWN.items() if name in numbers}

@@ -43,7 +43,7 @@ def run(
     from jaxpost.build import build_job
     from jaxpost.config import Loaded, check_resume
     from jaxpost.manifest import replace_file
-    from jaxpost.metrics import Sinks
+    from jaxpost.metrics import Sinks, before_and_after
     from jaxpost.metrics_plot import plot_losses
     from jaxpost.sharding import join_cluster
 
@@ -69,6 +69,8 @@ def run(
                     )
                     return job.state
                 state = loop.run(config.loop, job)
+            if text := before_and_after(config.run_dir):
+                sinks.event(text)
         if writes:
             plot_losses(config.run_dir)
         return state

@@ -6,14 +6,19 @@ cd "$(dirname "$0")/.."
 source launch/environment.sh
 environment report
 run=runs/quickstart
+for word in "$@"; do case "$word" in run_dir=*) run="${word#run_dir=}" ;; esac; done
 [ -f data/orders/train.jsonl ] || "$python" -m jaxpost.evals.orders --out data/orders
 "$python" -m jaxpost.train --config=configs/quickstart.yaml "$@"
-[ -d "$run/export/hf" ] || "$python" -m jaxpost.export "$run" --to hf
+if [ ! "$run/export/hf" -nt "$run/checkpoints/LATEST" ]; then  # not yet, or the run went on since
+  rm -rf "$run/export/hf"
+  "$python" -m jaxpost.export "$run" --to hf
+fi
 cat <<TXT
 
-What to try next
-  chat with it         $python -m jaxpost.generate $run
+What to try next (part of what the untouched model failed at was the format: see docs/results.md)
+  chat with it           $python -m jaxpost.generate $run
   see the training rows  $python -m jaxpost.data configs/quickstart.yaml
-  open it elsewhere    transformers.AutoModelForCausalLM.from_pretrained("$run/export/hf")
-  your own rows        $python -m jaxpost.train --config=configs/quickstart.yaml run_dir=runs/mine data.path=my.jsonl eval.metric=null
+  look at the loss       $run/loss.png, or tensorboard --logdir $run/tensorboard
+  open it elsewhere      transformers.AutoModelForCausalLM.from_pretrained("$run/export/hf")
+  your own rows          $python -m jaxpost.train --config=configs/quickstart.yaml run_dir=runs/mine data.path=my.jsonl eval.tasks=[]
 TXT

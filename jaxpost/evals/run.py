@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from pydantic.dataclasses import dataclass
 
+from jaxpost.data.prompts import prompt_of
 from jaxpost.errors import DataError
 from jaxpost.evals import metrics
 from jaxpost.fields import SECTION, NonEmptyStr, NonNegFloat, NonNegInt, PosInt, Str
@@ -103,18 +104,19 @@ class Evaluator:
         sampling = Sampling(max_new_tokens=task.max_new_tokens, temperature=self._config.temperature)
         completions = self._sampler.generate(task.prompts, sampling, seed=self._seed)
         records, scores = [], []
-        for row, prompt, completion in zip(task.rows, task.prompts, completions, strict=True):
+        for row, completion in zip(task.rows, completions, strict=True):
             text = self._decode(completion.tokens)
             score = None if task.score is None else _score(task, text, row)
             scores.append(score)
             records.append(
-                {"task": task.name, "prompt": self._decode(prompt), "completion": text, "score": score,
+                {"task": task.name, "asked": _asked(row), "completion": text, "score": score,
                  "reference": _reference(row), "stop_reason": completion.stop_reason}
             )  # fmt: skip
         for record in records[:show]:
             mark = "" if record["score"] is None else f"  (score {record['score']:g})"
-            asked, said = _one_line(record["prompt"]), _one_line(record["completion"])
-            self._report(f"step {step} sample{mark}\n  {asked}\n  -> {said}")
+            self._report(
+                f"step {step} sample{mark}: {_one_line(record['asked'])}\n  -> {_one_line(record['completion'])}"
+            )
         if self._writes:
             self._folder.mkdir(parents=True, exist_ok=True)
             with (self._folder / f"{step:08d}-{task.name}.jsonl").open("w", encoding="utf-8") as file:
@@ -129,14 +131,20 @@ def _score(task: Task, text: str, row: dict) -> float:
         raise DataError(f"eval metric of task {task.name}: {type(error).__name__}: {error}; row {row}") from error
 
 
+def _asked(row: dict) -> str:
+    """What the row's prompt ends with: the last message before the answer, or the prompt's text."""
+    prompt = prompt_of(row, "eval")
+    return prompt if isinstance(prompt, str) else str(prompt[-1].get("content", ""))
+
+
 def _reference(row: dict) -> str | None:
     answer = row.get("completion") or row.get("messages")
     return answer[-1].get("content") if isinstance(answer, list) else answer
 
 
 def _one_line(text: str) -> str:
-    text = text.replace("\n", " ⏎ ").strip()
-    return text if len(text) <= 320 else f"… {text[-318:]}"
+    text = " / ".join(text.split("\n")).strip()
+    return text if len(text) <= 320 else f"{text[:317]}..."
 
 
 def make_eval_step(algorithm: Any, apply: Any) -> Callable[[TrainState, Frozen, Any], dict]:
