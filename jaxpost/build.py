@@ -98,7 +98,8 @@ def load_weights(model: Model, located: Located | None = None) -> Any:
         return load_params(located, model.param_dtype, model.base_shardings)
     saved = load_saved(located.path)
     base, trained = load_run(model, saved, located)
-    return trained if base is None else jax.jit(lambda b, t: lora.merge(b, t, saved.lora))(base, trained)
+    weights = trained if base is None else jax.jit(lambda b, t: lora.merge(b, t, saved.lora))(base, trained)
+    return jax.tree.map(lambda x: x.astype(model.param_dtype), weights)
 
 
 def load_run(model: Model, saved: Config, located: Located) -> tuple[Any, Any]:
@@ -126,7 +127,7 @@ def build_job(
     """A run ready for loop.run, restored from its newest checkpoint where there is one. devices: default all."""
     model = build_model(config.model, config.mesh, config.lora, devices)
     algorithm, policy, rules = config.algorithm, model.policy, model.rules
-    check_divides(config.data.batch_size, config.loop.micro_batches, rules)
+    check_divides(config.data.batch_size, config.loop.micro_batches, config.data.widths, rules)
     shard_index, num_shards = host_rows(rules.mesh)
 
     def make_task(source: SourceConfig) -> tasks.Task:

@@ -108,6 +108,7 @@ HARMLESS = (
     "loop.save_every",
     "loop.max_skipped_in_a_row",
     "data.workers",
+    "data.path",
     "data.train",  # by content, wherever it lies: the source compares fingerprints when it is restored
     "data.eval",
 )

@@ -48,6 +48,8 @@ def main(args: cli.Arguments) -> None:
         sampling = Sampling(flags["max_new_tokens"], flags["temperature"], flags["top_k"], flags["top_p"])
     except ValueError as error:
         raise ConfigError(str(error)) from None
+    if not 0 <= flags["seed"] < 2**32:
+        raise ConfigError(f"--seed={flags['seed']}: must be in 0 to {2**32 - 1}")
     if flags["batch_size"] < 1:
         raise ConfigError(f"--batch_size={flags['batch_size']}: must be at least 1")
     records = _read(flags["input"], flags["output"]) if flags["input"] else []
@@ -88,8 +90,8 @@ def _read(source: str, output: str) -> list[tuple[dict, Any]]:
     if pathlib.Path(output).exists():
         raise ConfigError(f"--output={output}: the file exists; choose another name or remove it")
     kind, pattern = split_source(source)
-    if not kind:
-        raise ConfigError(f"--input={source}: unknown ending; write jsonl:FILE, parquet:FILE or text:FILE")
+    if kind not in ("jsonl", "parquet", "text", "tfds"):
+        raise ConfigError(f"--input={source}: of no known kind; write jsonl:FILE, parquet:FILE or text:FILE")
     records = open_source(SourceConfig(source=f"{kind}:{pattern}"), "--input")
     rows = [(records[i], records.where(i)) for i in range(len(records))]
     if kind == "text":

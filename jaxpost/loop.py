@@ -85,7 +85,7 @@ def run(config: LoopConfig, job: Job) -> TrainState:
             if previous is not None and (evaluating or saving):
                 _log(config, job, clock, *previous)
                 previous = None
-            if evaluating and not stopping:
+            if evaluating and (last or not stopping):
                 _evaluate(job, done, state)
                 clock.restart()
             if saving:
@@ -100,12 +100,12 @@ def run(config: LoopConfig, job: Job) -> TrainState:
 
 
 def _log(config: LoopConfig, job: Job, clock: _Clock, step: int, metrics: Metrics, info: dict) -> None:
-    """Read one step's metrics (the only device read of the loop), watch the guard, and write a line."""
+    """Where a line is due: read one step's metrics (the only device read of the loop), write it, watch the guard."""
     clock.count(info["num_tokens"], len(info["example_ids"]))
-    if step % config.log_every and step != job.total_steps and step != 1:
+    if step % config.log_every and step not in (1, job.total_steps):
         return
     values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-    in_a_row = int(values.pop("skipped_in_a_row"))
+    in_a_row, worst = int(values.pop("skipped_in_a_row")), int(values.pop("most_skipped_in_a_row"))
     values |= {name: value for name, value in info.items() if name not in ("total_tokens", "example_ids")}
     values |= clock.read() | {"num_tokens": info["total_tokens"]}
     job.sinks.log(step, values, total_steps=job.total_steps)
@@ -114,9 +114,9 @@ def _log(config: LoopConfig, job: Job, clock: _Clock, step: int, metrics: Metric
             f"step {step}: loss {values['loss']:g}, grad_norm {values['grad_norm']:g}: update not applied "
             f"({in_a_row} in a row); rows of its batch: {', '.join(info['example_ids'][:8])}"
         )
-    if in_a_row >= config.max_skipped_in_a_row:
+    if worst >= config.max_skipped_in_a_row:
         raise TrainingError(
-            f"step {step}: {in_a_row} non-finite updates in a row (loop.max_skipped_in_a_row); lower "
+            f"step {step}: {worst} non-finite updates in a row (loop.max_skipped_in_a_row); lower "
             "optim.learning_rate, or look at the rows named in logs/events.log"
         )
 
@@ -167,6 +167,8 @@ class _StopSignal:
     def __enter__(self):
         self._asked = False
         self._old = {}
+        if jax.distributed.is_initialized():  # jax watches SIGTERM itself, and tells all processes the same step
+            return self
         for number in (signal.SIGTERM, signal.SIGINT):
             try:
                 self._old[number] = signal.signal(number, self._ask)
@@ -183,7 +185,7 @@ class _StopSignal:
 
     def agreed(self, step: int) -> bool:
         """Whether to stop after this step."""
-        if jax.process_count() == 1:
+        if not jax.distributed.is_initialized():
             return self._asked
         from jax.experimental import multihost_utils
 

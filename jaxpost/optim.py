@@ -123,6 +123,8 @@ def _match(patterns: tuple[str, ...], params: Tree, key: str, must_match: bool) 
 def trainable_mask(config: OptimConfig, params: Tree) -> Tree:
     """Tree of bool, False where a freeze pattern matches; ConfigError for a pattern without a match or nothing left."""
     mask = jax.tree.map(lambda frozen: not frozen, _match(config.freeze, params, "freeze", must_match=True))
+    if not jax.tree.leaves(mask):
+        raise ConfigError("lora.rank: 0 leaves nothing to train")
     if not any(jax.tree.leaves(mask)):
         raise ConfigError(f"optim.freeze: {', '.join(config.freeze)} leave nothing to train")
     return mask

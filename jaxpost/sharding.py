@@ -134,8 +134,11 @@ def batch_sharding(rules: Rules, ndim: int) -> NamedSharding:
     return rules.sharding("batch", *(("length",) if ndim > 1 else ()), *(None,) * (ndim - 2))
 
 
-def check_divides(rows: int, micro_batches: int, rules: Rules) -> None:
-    """A batch that does not divide raises; nothing is silently replicated."""
+def check_divides(rows: int, micro_batches: int, widths: tuple[int, ...], rules: Rules) -> None:
+    """A batch that does not divide raises; nothing is silently replicated. widths: row lengths that occur."""
+    context = rules.mesh.shape["context"]
+    if odd := [width for width in widths if width % context]:
+        raise ConfigError(f"data.seq_len: rows of {odd[0]} positions do not divide over mesh.context {context}")
     shards = rules.batch_shards
     if rows % (shards * micro_batches):
         raise ConfigError(

@@ -11,7 +11,7 @@ import optax
 
 from jaxpost.types import Array, Batch, Frozen, Mean, Metrics, Stream, TrainState
 
-COUNTERS = ("skipped_steps", "skipped_in_a_row")
+COUNTERS = ("skipped_steps", "skipped_in_a_row", "most_skipped_in_a_row")
 
 
 def init_state(params: dict, tx: optax.GradientTransformation, slow: dict) -> TrainState:
@@ -70,6 +70,8 @@ def make_step(
         )
         skipped = state.scalars["skipped_steps"] + ~good
         in_a_row = jnp.where(good, 0, state.scalars["skipped_in_a_row"] + 1)
+        most = jnp.maximum(state.scalars["most_skipped_in_a_row"], in_a_row)  # so that a log step misses none
+        counters = dict(zip(COUNTERS, (skipped, in_a_row, most), strict=True))
         new = TrainState(
             step=state.step + 1,
             params=params,
@@ -78,10 +80,10 @@ def make_step(
                 role: _move(rule, state.slow[role], params[role], state.step + 1)
                 for role, rule in algorithm.slow.items()
             },
-            scalars={**scalars, "skipped_steps": skipped, "skipped_in_a_row": in_a_row},
+            scalars=scalars | counters,
         )
         metrics = {name: value.value if isinstance(value, Mean) else value for name, value in metrics.items()}
-        metrics |= {"grad_norm": norm, "skipped_steps": skipped, "skipped_in_a_row": in_a_row}
+        metrics |= counters | {"grad_norm": norm}
         if schedule is not None:
             metrics["learning_rate"] = schedule(state.step - state.scalars["skipped_steps"])
         return new, metrics

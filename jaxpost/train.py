@@ -53,6 +53,10 @@ def run(
     with rundir.RunLock(config.run_dir) if writes else contextlib.nullcontext():
         if overwrite and writes:
             rundir.clear(config.run_dir)
+        if jax.process_count() > 1:
+            from jax.experimental import multihost_utils
+
+            multihost_utils.sync_global_devices("the run directory is locked and clear")
         saved = pathlib.Path(config.run_dir) / "config.yaml"
         if saved.exists():
             check_resume(saved, config, allow_changed)

@@ -7,7 +7,7 @@ source launch/environment.sh
 environment report
 run=runs/quickstart
 for word in "$@"; do case "$word" in run_dir=*) run="${word#run_dir=}" ;; esac; done
-[ -f data/orders/train.jsonl ] || "$python" -m jaxpost.evals.orders --out data/orders
+[ -f data/orders/unseen.jsonl ] || "$python" -m jaxpost.evals.orders --out data/orders
 "$python" -m jaxpost.train --config=configs/quickstart.yaml "$@"
 if [ ! "$run/export/hf" -nt "$run/checkpoints/LATEST" ]; then  # not yet, or the run went on since
   rm -rf "$run/export/hf"

@@ -7,15 +7,17 @@ from typing import Any
 
 import jax
 
-from jaxpost.sharding import Rules, batch_sharding
+from jaxpost.sharding import Rules, batch_sharding, host_rows
 from jaxpost.types import Batch, TrainState
 
 
 def to_mesh(batch: Batch, rules: Rules) -> Batch:
     """This host's rows of a batch as global arrays, rows over data and fsdp, positions over context."""
+    shards = host_rows(rules.mesh)[1]
 
     def place(x: Any) -> jax.Array:
-        return jax.make_array_from_process_local_data(batch_sharding(rules, x.ndim), x)
+        shape = (x.shape[0] * shards, *x.shape[1:])  # said, because hosts along context hold whole rows
+        return jax.make_array_from_process_local_data(batch_sharding(rules, x.ndim), x, shape)
 
     return jax.tree.map(place, batch)
 

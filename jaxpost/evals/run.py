@@ -6,19 +6,24 @@ import dataclasses
 import json
 import math
 import pathlib
+import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from pydantic import model_validator
 from pydantic.dataclasses import dataclass
 
 from jaxpost.data.prompts import prompt_of
+from jaxpost.data.sources import SourceConfig
 from jaxpost.errors import DataError
 from jaxpost.evals import metrics
 from jaxpost.fields import SECTION, NonEmptyStr, NonNegFloat, NonNegInt, PosInt, Str
 from jaxpost.models.sampler import Sampler, Sampling
 from jaxpost.types import Frozen, TrainState
+
+RESERVED = ("loss", "perplexity", "entropy", "mean_token_accuracy")  # eval/NAME of the held-out rows
 
 
 @dataclass(frozen=True, config=SECTION)
@@ -31,6 +36,15 @@ class TaskConfig:
     limit: PosInt | None = None  # rows
     max_new_tokens: PosInt = 128
 
+    @model_validator(mode="after")
+    def _check(self):
+        SourceConfig(source=self.source)  # says what is wrong with it
+        if not re.fullmatch(r"[\w.-]+", self.name) or self.name in RESERVED:
+            raise ValueError(
+                f"name: {self.name!r} names a file and a metric: letters, digits, _ - ., not {RESERVED[0]}"
+            )
+        return self
+
 
 @dataclass(frozen=True, config=SECTION)
 class EvalConfig:
@@ -42,6 +56,13 @@ class EvalConfig:
     batch_size: PosInt = 32  # rows generated at once
     tasks: tuple[TaskConfig, ...] = ()
     metric: Str | None = None  # one more metric, over the prompts of data.eval
+
+    @model_validator(mode="after")
+    def _names_differ(self):
+        names = [task.name for task in self.tasks]
+        if twice := {name for name in names if names.count(name) > 1}:
+            raise ValueError(f"tasks: two of them are named {sorted(twice)[0]!r}")
+        return self
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +106,7 @@ class Evaluator:
                 self._sampler.load(state.params["policy"])
             for place, task in enumerate(self._tasks):
                 values |= self._run_task(step, task, show=self._config.samples if place == 0 else 0)
+            self._sampler.unload()  # training needs the memory
         return {f"eval/{name}": value for name, value in values.items()}
 
     def _held_out(self, state: TrainState, frozen: Frozen) -> dict[str, float]:

@@ -52,8 +52,13 @@ class Sampler:
         self._adapters = policy.adapters
         self._weights = None
         self._prefill = jax.jit(partial(_prefill, self._policy), static_argnames="length")
+        rules = policy.options.rules
+        everywhere = None if rules is None else rules.sharding()  # what the host reads is whole on every process
         self._decode = jax.jit(
-            partial(_decode, self._policy, self._stop), static_argnames="sampling", donate_argnames="cache"
+            partial(_decode, self._policy, self._stop),
+            static_argnames="sampling",
+            donate_argnames="cache",
+            out_shardings=(None, everywhere, everywhere, everywhere, everywhere),
         )
 
     def load(self, params: Any, adapters: Any = None) -> None:
@@ -65,6 +70,10 @@ class Sampler:
             return unroll(self._spec, merged) if self._unrolled else merged
 
         self._weights = jax.jit(prepare)(params, adapters)
+
+    def unload(self) -> None:
+        """Give the copy's memory back."""
+        self._weights = None
 
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling, *, seed: int = 0) -> list[Completion]:
         """One completion a prompt, in order. The stop token, where one was drawn, is the completion's last token."""
@@ -93,7 +102,7 @@ class Sampler:
         last = tokens[np.arange(self._batch), lengths - 1]
         out = self._decode(
             self._weights, cache=cache, last=last, lengths=lengths, active=active, draws=draws,
-            seed=np.int32(seed), sampling=sampling,
+            seed=np.uint32(seed), sampling=sampling,
         )  # fmt: skip
         ids, logprobs, counts, stopped = jax.device_get(out[1:])
         return [
