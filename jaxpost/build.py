@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import itertools
 import pathlib
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxpost import flops, lora
+from jaxpost import flops, lora, manifest
 from jaxpost.algos.base import Algorithm, Context
 from jaxpost.checkpoint import Checkpointer
 from jaxpost.config import Config, load_saved
@@ -108,6 +109,10 @@ def load_run(model: Model, saved: Config, located: Located) -> tuple[Any, Any]:
     step = checkpointer.latest() if located.step is None else located.step
     if step is None:
         raise CheckpointError(f"{located.path}: no checkpoint yet; the run has not saved")
+    if saved.lora is not None and checkpointer.meta(step)["weights"] != content_hash_of(located.base):
+        raise CheckpointError(
+            f"{located.path}: its adapters were trained on other weights than {located.base.source} holds now"
+        )
     if saved.lora is None:
         infos = abstract_params(located.spec, jnp.dtype(saved.model.param_dtype))
     else:
@@ -292,8 +297,14 @@ def _structs(infos: Any, rules: Rules) -> Any:
 
 
 def content_hash_of(located: Located) -> str:
-    """What identifies the weights that a run started from."""
-    return content_hash(located) if located.kind != "ckpt" else f"{located.source}@{located.step}"
+    """What identifies the weights that a run started from: the bytes, or the manifest of another run's step."""
+    if located.kind != "ckpt":
+        return content_hash(located)
+    step = located.step or Checkpointer(located.path).latest()
+    file = pathlib.Path(located.path) / "checkpoints" / str(step) / manifest.NAME
+    if not file.is_file():
+        raise CheckpointError(f"{located.path}: no checkpoint of step {step}")
+    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def _same_weights(saved: dict, now: dict, allow_changed: Sequence[str]) -> None:
@@ -302,5 +313,5 @@ def _same_weights(saved: dict, now: dict, allow_changed: Sequence[str]) -> None:
     if saved["weights"] != now["weights"] and "model.source" not in allow_changed:
         raise CheckpointError(
             f"model.source: the weights changed since the run began (was {saved['weights'][:12]}, "
-            f"is {now['weights'][:12]}); accept with --allow_changed=model.source"
+            f"is {now['weights'][:12]}); name a fixed step (ckpt:RUN/STEP), or accept with --allow_changed=model.source"
         )

@@ -150,12 +150,19 @@ def from_arguments(args: cli.Arguments) -> Loaded:
 
 
 def load_saved(run_dir: str | os.PathLike) -> Config:
-    """The config that a run was started with. Metrics of the user's own are left out: their code is only typed."""
+    """The config that a run was started with, to read its model, adapters and checkpoints.
+
+    Code of the user's own is only typed, so metrics from files are left out, and an algorithm that is not known here
+    stands as sft: what a run was trained with does not matter to those who read its weights.
+    """
     file = os.path.join(run_dir, "config.yaml")
     if not os.path.isfile(file):
         raise ConfigError(f"{run_dir}: not a run directory (it has no config.yaml)")
     draft = compose.read(file)
     draft.tree = compose.unescape(draft.tree)
+    method = draft.tree.get("algorithm")
+    if isinstance(method, dict) and method.get("name") not in registry():
+        draft.tree["algorithm"] = {"name": "sft"}
     section = draft.tree.get("eval")
     if isinstance(section, dict):
         if _is_code(section.get("metric")):

@@ -68,6 +68,8 @@ def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
         if len(devices) % fixed:
             raise ConfigError(f"mesh.{fill[0]}: {len(devices)} devices do not divide by the other axes' {fixed}")
         sizes[fill[0]] = len(devices) // fixed
+    elif fixed < len(devices) and jax.process_count() == 1:
+        devices = devices[:fixed]  # a mesh of fewer devices than there are, as typed
     elif fixed != len(devices):
         raise ConfigError(f"mesh: the axes multiply to {fixed} devices, {len(devices)} are here; set mesh.data: -1")
     if sizes["expert"] > 1:

