@@ -54,7 +54,8 @@ def make_step(
             key = jax.random.fold_in(rng, number) if stochastic else None
             loss = lambda params: algorithm.loss(apply, params, frozen, part, key)
             (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(state.params)
-            return grads, {"loss": value, **metrics}
+            wide = jax.tree.map(lambda g: g.astype(jnp.float32), grads)  # bf16 sums would lose micro-batches
+            return wide, {"loss": value, **metrics}
 
         grads, metrics = _accumulate(value_and_grad, batch, micro_batches)
         if trainable is not None:

@@ -271,9 +271,9 @@ class Head:
 
 def _forward(plan: Plan, with_direction: bool, hidden, head, targets, mask, temperature):
     """(logprobs, entropy, correct, log-sum-exp, d logprob / d hidden or None), by an online softmax over the tiles."""
-    head = Head(plan, head)
+    dtype = hidden.dtype
+    head = Head(plan, head.astype(dtype))
     rows = Rows(targets.shape, mask, head.tile)
-    dtype = jnp.result_type(hidden, head.matrix)
     x, y, inverse = rows.pack(hidden), rows.pack(targets), 1 / temperature
 
     def tile_step(i, carry):
@@ -330,9 +330,9 @@ def _backward(
 
     d logprob / d logit_v = [v = target] - p_v and d h / d logit_v = -p_v (log p_v + h).
     """
-    head_dtype, head = head.dtype, Head(plan, head)
+    dtype, head_dtype = hidden.dtype, head.dtype
+    head = Head(plan, head.astype(dtype))
     rows = Rows(targets.shape, mask, head.tile)
-    dtype = jnp.result_type(hidden, head.matrix)
     x, y, inverse = rows.pack(hidden), rows.pack(targets), 1 / temperature
     per_token = tuple(rows.pack(a) for a in (lse, entropy, by_logprob, by_entropy))
 
