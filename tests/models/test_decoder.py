@@ -22,6 +22,7 @@ MIXED = dataclasses.replace(
     mlp_bias=True,
     attn_softcap=20.0,
 )
+CACHED = 1e-5  # one row at a time sums in another order than many: 2.4e-6 was seen on values of about 1
 SPECS = pytest.mark.parametrize("spec", [SPEC, MIXED], ids=["uniform", "mixed"])
 
 
@@ -84,10 +85,10 @@ def test_cached_equals_uncached_token_by_token(spec):
     cache = decoder.init_cache(spec, 2, 16)
     cache = jax.tree.map(lambda x: x + 7.0, cache)  # slots not yet written must not be seen
     first, cache, _ = decoder.apply(spec, params, tokens[:, :7], positions[:, :7], None, cache=cache)
-    np.testing.assert_allclose(first, whole[:, :7], atol=2e-6)
+    np.testing.assert_allclose(first, whole[:, :7], atol=CACHED)
     for t in range(7, 12):
         one, cache, _ = decoder.apply(spec, params, tokens[:, t : t + 1], positions[:, t : t + 1], None, cache=cache)
-        np.testing.assert_allclose(one, whole[:, t : t + 1], atol=2e-6)
+        np.testing.assert_allclose(one, whole[:, t : t + 1], atol=CACHED)
 
 
 def test_the_cache_is_updated_in_place():
