@@ -20,5 +20,5 @@ What to try next (part of what the untouched model failed at was the format: see
   see the training rows  $python -m jaxpost.data configs/quickstart.yaml
   look at the loss       $run/loss.png, or tensorboard --logdir $run/tensorboard
   open it elsewhere      transformers.AutoModelForCausalLM.from_pretrained("$run/export/hf")
-  your own rows          $python -m jaxpost.train --config=configs/quickstart.yaml run_dir=runs/mine data.path=my.jsonl eval.tasks=[]
+  your own rows          $python -m jaxpost.train --config=configs/quickstart.yaml run_dir=runs/mine data.path=my.jsonl data.loss_on=assistant data.eval=[] eval.tasks=[] eval.samples=0 loop.eval_first=false
 TXT
