@@ -118,14 +118,16 @@ def test_non_finite_updates_are_not_applied_and_end_the_run(tmp_path):
 
 
 def test_micro_batches_change_rounding_only(tmp_path):
-    one = run(tiny.load(tmp_path / "a", loop={"steps": 3}))
-    four = run(tiny.load(tmp_path / "b", loop={"steps": 3, "micro_batches": 4}))
+    one = run(tiny.load(tmp_path / "a", loop={"steps": 1}))
+    four = run(tiny.load(tmp_path / "b", loop={"steps": 1, "micro_batches": 4}))
     for name in ("loss", "grad_norm", "entropy", "mean_token_accuracy"):
         np.testing.assert_allclose(
-            tiny.metric(tmp_path / "a/run", name), tiny.metric(tmp_path / "b/run", name), rtol=2e-5
+            tiny.metric(tmp_path / "a/run", name), tiny.metric(tmp_path / "b/run", name), rtol=2e-6
         )
-    for x, y in zip(jax.tree.leaves(one.params), jax.tree.leaves(four.params), strict=True):
-        np.testing.assert_allclose(x, y, atol=2e-4)  # three Adam steps of 0.01 amplify the last bit
+    # After one step the moments are the gradient and its square: an Adam update itself would amplify the last bit.
+    for x, y in zip(jax.tree.leaves(one.opt_state), jax.tree.leaves(four.opt_state), strict=True):
+        x, y = np.asarray(x), np.asarray(y)
+        assert np.abs(x - y).max() <= 4e-6 * np.abs(x).max()  # 2e-6 for the gradient, twice that for its square
 
 
 def test_the_state_is_donated_whole(tmp_path):
