@@ -78,7 +78,7 @@ def make_step(
             params=params,
             opt_state=opt_state,
             slow={
-                role: _move(rule, state.slow[role], params[role], state.step + 1)
+                role: _keep_if(good, _move(rule, state.slow[role], params[role], state.step + 1), state.slow[role])
                 for role, rule in algorithm.slow.items()
             },
             scalars=scalars | counters,
