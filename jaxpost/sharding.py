@@ -33,6 +33,7 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "act_heads": "tensor",
     "act_kv_heads": "tensor",
     "act_ffn": "tensor",
+    "act_vocab": "tensor",
 }
 
 
@@ -114,16 +115,19 @@ class Rules:
 def rules_for(mesh: Mesh, *, num_heads: int, num_kv_heads: int, d_model: int, d_ff: int, vocab_size: int) -> Rules:
     """The rules for one model on one mesh; ConfigError where an axis cannot split what it must.
 
-    KV heads that `tensor` does not divide are replicated (grouped-query models with few KV heads).
+    KV heads that `tensor` does not divide are replicated (grouped-query models with few KV heads). So are the embedding
+    and the head where it does not divide the vocabulary: the logits are still split, padded by the head that makes them.
     """
     tensor, fsdp = mesh.shape["tensor"], mesh.shape["fsdp"]
-    for what, size in (("query heads", num_heads), ("ffn width", d_ff), ("vocabulary", vocab_size)):
+    for what, size in (("query heads", num_heads), ("ffn width", d_ff)):
         if size % tensor:
             raise ConfigError(f"mesh.tensor: {tensor} does not divide the model's {what} ({size})")
     if d_model % fsdp:
         raise ConfigError(f"mesh.fsdp: {fsdp} does not divide the model's width ({d_model})")
-    replicated = frozenset({"kv_heads", "act_kv_heads"}) if num_kv_heads % tensor else frozenset()
-    return Rules(mesh, replicated)
+    replicated = {"kv_heads", "act_kv_heads"} if num_kv_heads % tensor else set()
+    if vocab_size % tensor:
+        replicated.add("vocab")
+    return Rules(mesh, frozenset(replicated))
 
 
 def tree_shardings(infos: Any, rules: Rules) -> Any:

@@ -35,6 +35,7 @@ class Plan(NamedTuple):
 
     tile: int
     softcap: float | None
+    vocab: int  # rows of the head; what it was padded to beyond them counts for nothing
     mesh: Mesh | None = None
     hidden: PartitionSpec = PartitionSpec()
     head: PartitionSpec = PartitionSpec()
@@ -79,13 +80,14 @@ def token_logprobs(
       mask: bool[...]; where False the results and all gradients are 0, whatever hidden holds there (nan too).
       mesh, specs: PartitionSpecs of hidden, head and targets, e.g. P(("data", "fsdp"), None, None),
         P("tensor", "fsdp"), P(("data", "fsdp"), None): the head is gathered over its second axis once, the vocabulary
-        stays split over its first one, and the head's gradient is reduced once, in fp32, after the loop.
+        stays split over its first one (padded where that does not divide it), and the head's gradient is reduced once,
+        in fp32, after the loop.
 
     Returns:
       (logprobs, entropy), f32[...] each; both have gradients by hidden and head.
 
     Raises:
-      ValueError: shapes or specs that do not fit, a vocabulary that its mesh axes do not divide.
+      ValueError: shapes or specs that do not fit.
     """
     return token_stats(
         hidden, head, targets, tile=tile, softcap=softcap, temperature=temperature, mask=mask, mesh=mesh, specs=specs
@@ -120,9 +122,11 @@ def token_stats(
         raise ValueError(f"softcap must be positive or None, got {softcap}")
     if tile is not None and tile < 1:
         raise ValueError(f"tile must be positive, got {tile}")
-    plan = Plan(tile or TILE, softcap)
+    plan = Plan(tile or TILE, softcap, head.shape[0])
     if mesh is not None and mesh.size > 1:
         plan = _plan_on_mesh(plan, mesh, specs, hidden.ndim, head.shape)
+        shards = math.prod(mesh.shape[axis] for axis in plan.vocab_axes)
+        head = jnp.pad(head, ((0, -head.shape[0] % shards), (0, 0)))
     mask = None if mask is None else mask.astype(bool)
     return _stats(plan, hidden, head, targets, mask, jnp.asarray(temperature, jnp.float32))
 
@@ -136,10 +140,7 @@ def _plan_on_mesh(plan: Plan, mesh: Mesh, specs, ndim: int, head_shape: tuple[in
     if specs is None:
         raise ValueError("a mesh needs specs=(hidden, head, targets)")
     hidden, head, targets = specs
-    vocab, gather = (math.prod(mesh.shape[a] for a in _axes(head, dim)) for dim in (0, 1))
-    if head_shape[0] % vocab:
-        raise ValueError(f"vocabulary {head_shape[0]} is not divisible by {vocab} shards over {_axes(head, 0)}; pad it")
-    if head_shape[1] % gather:  # such a head lies whole on every device anyway
+    if head_shape[1] % math.prod(mesh.shape[axis] for axis in _axes(head, 1)):  # it lies whole on every device anyway
         head = PartitionSpec(head[0])
     plan = plan._replace(mesh=mesh, hidden=hidden, head=head, targets=targets)
     if any(_axes(hidden, dim) != _axes(targets, dim) for dim in range(ndim - 1)) or _axes(hidden, ndim - 1):
@@ -242,6 +243,8 @@ class Head:
         even = -(-self.size // self.num_tiles)
         self.tile = min(self.size, even if even <= 128 else -(-even // 128) * 128)  # whole lanes
         self.first = lax.axis_index(plan.vocab_axes) * self.size if plan.vocab_axes else 0
+        shards = math.prod(plan.mesh.shape[axis] for axis in plan.vocab_axes) if plan.mesh else 1
+        self.padded = plan.vocab < self.size * shards
 
     def start(self, i: Array) -> Array:
         """First row of tile i."""
@@ -252,8 +255,11 @@ class Head:
         z = lax.dot_general(x, weight, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
         z, slope = self.cap(z)
         z = z * inverse
+        column = jnp.arange(self.tile)
         if self.size % self.tile:
-            z = jnp.where(jnp.arange(self.tile) >= i * self.tile - self.start(i), z, MASKED)
+            z = jnp.where(column >= i * self.tile - self.start(i), z, MASKED)
+        if self.padded:
+            z = jnp.where(column < self.plan.vocab - self.first - self.start(i), z, MASKED)
         return z, slope
 
     def cap(self, z: Array) -> tuple[Array, Array | float]:

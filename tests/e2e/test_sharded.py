@@ -13,8 +13,10 @@ MESHES = [
     {"data": 8},
     {"data": 1, "fsdp": 8},
     {"data": 1, "tensor": 8},
+    {"data": 1, "context": 8},
     {"data": 2, "fsdp": 2, "tensor": 2},
 ]
+ODD_VOCABULARY = {"source": tiny.MODEL.replace("vocab_size=264", "vocab_size=261")}
 
 
 def curve(folder, mesh, devices, **sections):
@@ -28,12 +30,18 @@ def curve(folder, mesh, devices, **sections):
 
 
 @pytest.mark.parametrize(
-    ("lora", "meshes"), [(None, MESHES), ({"rank": 4, "alpha": 8.0}, MESHES[-1:])], ids=["full", "lora"]
+    ("sections", "meshes"),
+    [
+        ({}, MESHES),
+        ({"lora": {"rank": 4, "alpha": 8.0}}, MESHES[-1:]),
+        ({"model": ODD_VOCABULARY}, [{"data": 2, "tensor": 4}]),
+    ],
+    ids=["full", "lora", "odd vocabulary"],
 )
-def test_one_device_equals_eight(tmp_path, lora, meshes):
-    alone = curve(tmp_path / "one", {"data": 1}, jax.devices()[:1], lora=lora)
+def test_one_device_equals_eight(tmp_path, sections, meshes):
+    alone = curve(tmp_path / "one", {"data": 1}, jax.devices()[:1], **sections)
     for i, mesh in enumerate(meshes):
-        shared = curve(tmp_path / str(i), mesh, jax.devices(), lora=lora)
+        shared = curve(tmp_path / str(i), mesh, jax.devices(), **sections)
         for name, values in alone.items():
             np.testing.assert_allclose(shared[name], values, rtol=2e-5, err_msg=f"{name} on {mesh}")
 
