@@ -23,7 +23,7 @@ from jaxpost.data import tasks
 from jaxpost.data.chat import Tokenizer, load_tokenizer
 from jaxpost.data.feed import MeshSource, to_mesh
 from jaxpost.data.pipeline import EvalRows, PackedSource
-from jaxpost.data.prompts import encode_prompt, prompt_of
+from jaxpost.data.prompts import question_of
 from jaxpost.data.sources import SourceConfig, open_source
 from jaxpost.errors import CheckpointError, ConfigError
 from jaxpost.evals import metrics as task_metrics
@@ -234,8 +234,9 @@ def _eval_tasks(config: Config, tokenizer: Tokenizer) -> list[Task]:
         records = [open_source(source, f"eval task {name}") for source in sources]
         places = itertools.islice(((r, i) for r in records for i in range(len(r))), limit)
         rows = [(r[i], r.where(i)) for r, i in places]
-        prompts = [encode_prompt(tokenizer, prompt_of(row, where), row.get("tools")) for row, where in rows]
-        return Task(name, [row for row, _ in rows], prompts, metric, tokens)
+        questions = [question_of(row, where) for row, where in rows]
+        prompts = [question.encode(tokenizer) for question in questions]
+        return Task(name, [row for row, _ in rows], questions, prompts, metric, tokens)
 
     built = [
         build(

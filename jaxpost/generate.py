@@ -40,6 +40,7 @@ def main(args: cli.Arguments) -> None:
     if args.flags["input"] and args.flags["prompt"]:
         raise ConfigError("--prompt and --input contradict each other")
     from jaxpost.build import open_model
+    from jaxpost.data.prompts import Question
     from jaxpost.models.sampler import Sampler, Sampling
     from jaxpost.train import compilation_cache
 
@@ -63,28 +64,25 @@ def main(args: cli.Arguments) -> None:
     if flags["input"]:
         _batch(answer, records, pathlib.Path(flags["output"]))
     elif flags["prompt"] is not None:
-        print(answer([[*system, {"role": "user", "content": flags["prompt"]}]])[0][0])
+        print(answer([Question([*system, {"role": "user", "content": flags["prompt"]}])])[0][0])
     else:
         _chat(answer, system)
 
 
 class Answerer:
-    """Prompts (texts or messages) to (text, stop reason)."""
+    """Questions to (text, stop reason)."""
 
     def __init__(self, tokenizer: Any, sampler: Any, sampling: Any, seed: int):
         self._tokenizer, self._sampler, self._sampling, self._seed = tokenizer, sampler, sampling, seed
 
-    def __call__(self, prompts: list, tools: list | None = None) -> list[tuple[str, str]]:
-        from jaxpost.data.prompts import encode_prompt
-
-        tools = tools or [None] * len(prompts)
-        ids = [encode_prompt(self._tokenizer, prompt, t) for prompt, t in zip(prompts, tools, strict=True)]
+    def __call__(self, questions: list) -> list[tuple[str, str]]:
+        ids = [question.encode(self._tokenizer) for question in questions]
         outs = self._sampler.generate(ids, self._sampling, seed=self._seed)
         return [(self._tokenizer.decode(out.tokens, skip_special=True), out.stop_reason) for out in outs]
 
 
 def _read(source: str, output: str) -> list[tuple[dict, Any]]:
-    from jaxpost.data.prompts import prompt_of
+    from jaxpost.data.prompts import Question, question_of
     from jaxpost.data.sources import SourceConfig, open_source, split_source
 
     if pathlib.Path(output).exists():
@@ -95,12 +93,12 @@ def _read(source: str, output: str) -> list[tuple[dict, Any]]:
     records = open_source(SourceConfig(source=f"{kind}:{pattern}"), "--input")
     rows = [(records[i], records.where(i)) for i in range(len(records))]
     if kind == "text":
-        return [(row, row["text"]) for row, _ in rows]
-    return [(row, prompt_of(row, where)) for row, where in rows]
+        return [(row, Question(row["text"])) for row, _ in rows]
+    return [(row, question_of(row, where)) for row, where in rows]
 
 
 def _batch(answer: Answerer, records: list[tuple[dict, Any]], output: pathlib.Path) -> None:
-    answers = answer([prompt for _, prompt in records], [row.get("tools") for row, _ in records])
+    answers = answer([question for _, question in records])
     output.parent.mkdir(parents=True, exist_ok=True)
     partial = output.with_name(output.name + ".part")
     with partial.open("w", encoding="utf-8") as file:
@@ -111,6 +109,8 @@ def _batch(answer: Answerer, records: list[tuple[dict, Any]], output: pathlib.Pa
 
 
 def _chat(answer: Answerer, system: list[dict]) -> None:
+    from jaxpost.data.prompts import Question
+
     print("An empty line ends the chat; /new begins another one.")
     messages = list(system)
     while True:
@@ -124,7 +124,7 @@ def _chat(answer: Answerer, system: list[dict]) -> None:
             messages = list(system)
             continue
         messages.append({"role": "user", "content": text})
-        reply, _ = answer([messages])[0]
+        reply, _ = answer([Question(messages)])[0]
         messages.append({"role": "assistant", "content": reply})
         print(reply)
 

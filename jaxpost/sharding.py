@@ -116,7 +116,7 @@ def rules_for(mesh: Mesh, *, num_heads: int, num_kv_heads: int, d_model: int, d_
     """The rules for one model on one mesh; ConfigError where an axis cannot split what it must.
 
     KV heads that `tensor` does not divide are replicated (grouped-query models with few KV heads). So are the embedding
-    and the head where it does not divide the vocabulary: the logits are still split, padded by the head that makes them.
+    and the head where it does not divide the vocabulary; the logits are split all the same, padded where they are made.
     """
     tensor, fsdp = mesh.shape["tensor"], mesh.shape["fsdp"]
     for what, size in (("query heads", num_heads), ("ffn width", d_ff)):

@@ -171,17 +171,22 @@ def parse_tools(tools: Any) -> list[dict[str, Any]] | None:
     return tools
 
 
+def template_options(record: Record) -> dict[str, Any]:
+    """What a row gives to the chat template besides its messages: tools, and variables by name. Raises DataError."""
+    variables = expect(record.get("chat_template_kwargs", {}), dict, "chat_template_kwargs")
+    return {"tools": parse_tools(record.get("tools")), **variables}
+
+
 def _chat_options(tokenizer: Tokenizer, record: Record, messages: list[dict[str, Any]]) -> dict[str, Any]:
     """Tools and template variables of a row; tool calls that the template would silently leave out are refused."""
-    tools = parse_tools(record.get("tools"))
+    options = template_options(record)
     calling = next((i for i, message in enumerate(messages) if message.get("tool_calls")), None)
     if calling is not None and not tokenizer.renders_tool_calls:
         raise DataError(
             f"messages[{calling}].tool_calls: the chat template never writes tool calls, this turn would train an "
             "empty reply; set model.chat_template to one that does"
         )
-    variables = expect(record.get("chat_template_kwargs", {}), dict, "chat_template_kwargs")
-    return {"tools": tools, **variables}
+    return options
 
 
 Encoded = tuple[np.ndarray, np.ndarray]
@@ -215,6 +220,17 @@ def encode_completion(task: Task, tokenizer: Tokenizer, record: Record) -> Encod
 
 def encode_sharegpt(task: Task, tokenizer: Tokenizer, record: Record) -> Encoded:
     """{"conversations": [{"from", "value"}, ...], "system"?: str}; turns with role and content pass unchanged."""
+    return encode_messages(task, tokenizer, {**record, "messages": sharegpt_messages(record)})
+
+
+def encode_alpaca(task: Task, tokenizer: Tokenizer, record: Record) -> Encoded:
+    """{"instruction", "input"?, "output", "system"?}: a user turn (instruction, blank line, input) and the reply."""
+    reply = {"role": "assistant", "content": need(record, "output", str)}
+    return encode_messages(task, tokenizer, {**record, "messages": [*alpaca_messages(record), reply]})
+
+
+def sharegpt_messages(record: Record) -> list[dict[str, Any]]:
+    """The turns of a ShareGPT row as messages. Raises DataError that names the field."""
     turns = need(record, "conversations", list)
     messages = []
     if record.get("system"):
@@ -228,21 +244,16 @@ def encode_sharegpt(task: Task, tokenizer: Tokenizer, record: Record) -> Encoded
         if speaker not in SHAREGPT_ROLES:
             raise DataError(f"field '{place}.from': unknown {speaker!r}, expected {', '.join(SHAREGPT_ROLES)}")
         messages.append({"role": SHAREGPT_ROLES[speaker], "content": need(turn, "value", str, place)})
-    return encode_messages(task, tokenizer, {**record, "messages": check_messages(messages, "conversations")})
+    return check_messages(messages, "conversations")
 
 
-def encode_alpaca(task: Task, tokenizer: Tokenizer, record: Record) -> Encoded:
-    """{"instruction", "input"?, "output", "system"?}: a user turn (instruction, blank line, input) and the reply."""
+def alpaca_messages(record: Record) -> list[dict[str, Any]]:
+    """The prompt of an Alpaca row as messages, without the reply. Raises DataError that names the field."""
     question = need(record, "instruction", str)
     if extra := expect(record.get("input", ""), str, "input"):
         question = f"{question}\n\n{extra}"
     system = expect(record.get("system", ""), str, "system")
-    messages = [{"role": "system", "content": system}] if system else []
-    messages += [
-        {"role": "user", "content": question},
-        {"role": "assistant", "content": need(record, "output", str)},
-    ]
-    return encode_messages(task, tokenizer, {**record, "messages": messages})
+    return [*([{"role": "system", "content": system}] if system else []), {"role": "user", "content": question}]
 
 
 ENCODERS: dict[str, Callable[[Task, Tokenizer, Record], Encoded]] = {

@@ -7,25 +7,18 @@ import importlib.util
 import pathlib
 from collections.abc import Callable
 
+from jaxpost.data.prompts import question_of
 from jaxpost.errors import ConfigError
 from jaxpost.evals import orders
 
 Metric = Callable[[str, dict], float]
 
 
-def reference(row: dict) -> str:
-    """The text that a row's completion should be: its completion, or its last assistant message."""
-    answer = row.get("completion", row.get("messages"))
-    if isinstance(answer, list):
-        answer = answer[-1]["content"]
-    if not isinstance(answer, str):
-        raise ConfigError(f"eval: a row with the fields {', '.join(row)} has no reference to compare with")
-    return answer
-
-
 def exact_match(completion: str, row: dict) -> float:
-    """1 where the completion equals the reference, but for white space around it."""
-    return float(completion.strip() == reference(row).strip())
+    """1 where the completion equals the row's own answer, but for white space around both."""
+    if (answer := question_of(row, "eval").answer) is None:
+        raise ConfigError(f"eval: a row with the fields {', '.join(row)} has no answer to compare with")
+    return float(completion.strip() == answer.strip())
 
 
 METRICS: dict[str, Metric] = {"exact_match": exact_match, "orders": orders.score}

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from pydantic import model_validator
 from pydantic.dataclasses import dataclass
 
-from jaxpost.data.prompts import prompt_of
+from jaxpost.data.prompts import Question
 from jaxpost.data.sources import SourceConfig
 from jaxpost.errors import DataError
 from jaxpost.evals import metrics
@@ -67,10 +67,11 @@ class EvalConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """A built TaskConfig: prompts as ids, rows as they were read."""
+    """A built TaskConfig: rows as they were read, their questions, and these as ids."""
 
     name: str
     rows: Sequence[dict]
+    questions: Sequence[Question]
     prompts: Sequence[Sequence[int]]
     score: metrics.Metric | None  # None: only samples are shown
     max_new_tokens: int
@@ -126,13 +127,13 @@ class Evaluator:
         sampling = Sampling(max_new_tokens=task.max_new_tokens, temperature=self._config.temperature)
         completions = self._sampler.generate(task.prompts, sampling, seed=self._seed)
         records, scores = [], []
-        for row, completion in zip(task.rows, completions, strict=True):
+        for row, question, completion in zip(task.rows, task.questions, completions, strict=True):
             text = self._decode(completion.tokens)
             score = None if task.score is None else _score(task, text, row)
             scores.append(score)
             records.append(
-                {"task": task.name, "asked": _asked(row), "completion": text, "score": score,
-                 "reference": _reference(row), "stop_reason": completion.stop_reason}
+                {"task": task.name, "asked": question.last, "completion": text, "score": score,
+                 "reference": question.answer, "stop_reason": completion.stop_reason}
             )  # fmt: skip
         for record in records[:show]:
             mark = "" if record["score"] is None else f"  (score {record['score']:g})"
@@ -151,17 +152,6 @@ def _score(task: Task, text: str, row: dict) -> float:
         return float(task.score(text, row))
     except Exception as error:
         raise DataError(f"eval metric of task {task.name}: {type(error).__name__}: {error}; row {row}") from error
-
-
-def _asked(row: dict) -> str:
-    """What the row's prompt ends with: the last message before the answer, or the prompt's text."""
-    prompt = prompt_of(row, "eval")
-    return prompt if isinstance(prompt, str) else str(prompt[-1].get("content", ""))
-
-
-def _reference(row: dict) -> str | None:
-    answer = row.get("completion") or row.get("messages")
-    return answer[-1].get("content") if isinstance(answer, list) else answer
 
 
 def _one_line(text: str) -> str:

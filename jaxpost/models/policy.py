@@ -48,6 +48,9 @@ class Policy:
         rules = self.options.rules
         sharded = rules is not None and rules.mesh.size > 1
         tokens = ("batch", "length")
+        specs = None
+        if sharded:
+            specs = (rules.spec(*tokens, None), rules.spec("act_vocab", "embed"), rules.spec(*tokens))
         return token_stats(
             hidden,
             decoder.head(weights),
@@ -56,7 +59,9 @@ class Policy:
             temperature=temperature,
             mask=batch.mask,
             mesh=rules.mesh if sharded else None,
-            specs=(rules.spec(*tokens, None), rules.spec("act_vocab", "embed"), rules.spec(*tokens)) if sharded else None,
+            specs=(rules.spec(*tokens, None), rules.spec("act_vocab", "embed"), rules.spec(*tokens))
+            if sharded
+            else None,
         )
 
     def logprobs(
