@@ -59,9 +59,7 @@ class Policy:
             temperature=temperature,
             mask=batch.mask,
             mesh=rules.mesh if sharded else None,
-            specs=(rules.spec(*tokens, None), rules.spec("act_vocab", "embed"), rules.spec(*tokens))
-            if sharded
-            else None,
+            specs=specs,
         )
 
     def logprobs(
