@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxpost import flops, lora, manifest
+from jaxpost import flops, lora, manifest, rundir
 from jaxpost.algos.base import Algorithm, Context
 from jaxpost.checkpoint import Checkpointer
 from jaxpost.config import Config, load_saved
@@ -56,13 +56,20 @@ class Model:
 
 
 def build_model(
-    config: ModelConfig, mesh_config: MeshConfig, adapters: lora.LoraConfig | None = None, devices: list | None = None
+    config: ModelConfig,
+    mesh_config: MeshConfig,
+    adapters: lora.LoraConfig | None = None,
+    devices: list | None = None,
+    date: str | None = None,
 ) -> Model:
-    """Locate weights and tokenizer, lay out the mesh; raises ConfigError before anything large is read."""
+    """Locate weights and tokenizer, lay out the mesh; raises ConfigError before anything large is read.
+
+    date: ISO date for chat templates that write today's; None: today's.
+    """
     located = locate(config.source, config.tokenizer)
     if located.tokenizer_path is None:
         raise ConfigError(f"model.tokenizer: {config.source} comes without one; name a folder or file")
-    tokenizer = load_tokenizer(located.tokenizer_path, config.chat_template)
+    tokenizer = load_tokenizer(located.tokenizer_path, config.chat_template, date)
     tokenizer.check_model(located.spec.vocab_size)
     spec, mesh = located.spec, make_mesh(mesh_config, devices)
     rules = rules_for(
@@ -130,14 +137,14 @@ def build_job(
     devices: list | None = None,
 ) -> Job:
     """A run ready for loop.run, restored from its newest checkpoint where there is one. devices: default all."""
-    model = build_model(config.model, config.mesh, config.lora, devices)
+    model = build_model(config.model, config.mesh, config.lora, devices, rundir.start_date(config.run_dir))
     algorithm, policy, rules = config.algorithm, model.policy, model.rules
     check_divides(config.data.batch_size, config.loop.micro_batches, config.data.widths, rules)
     shard_index, num_shards = host_rows(rules.mesh)
 
     def make_task(source: SourceConfig) -> tasks.Task:
-        template = config.model.chat_template
-        return tasks.make_task(source.task, model.located.tokenizer_path, config.data.loss_on, chat_template=template)
+        path, template, date = model.located.tokenizer_path, config.model.chat_template, model.tokenizer.date
+        return tasks.make_task(source.task, path, config.data.loss_on, chat_template=template, date=date)
 
     identity = {"model.tokenizer": model.tokenizer.fingerprint}
     rows = PackedSource(

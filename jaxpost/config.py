@@ -202,7 +202,7 @@ def check_resume(saved_file: str | os.PathLike, config: Config, allow_changed: S
     current = redact(to_tree(config))
     for name in allow_changed:
         _known_key(name, current)
-    saved = compose.unescape(compose.read(saved_file).tree)
+    saved = _with_defaults(compose.unescape(compose.read(saved_file).tree), config)
     allowed = (*HARMLESS, *allow_changed)
     changed = [d for d in diff(saved, current) if not any(d[0] == a or d[0].startswith(f"{a}.") for a in allowed)]
     if changed:
@@ -212,6 +212,23 @@ def check_resume(saved_file: str | os.PathLike, config: Config, allow_changed: S
             f"{os.path.dirname(saved_file) or '.'}: the run there was started with another config: {'; '.join(lines)}. "
             f"Change it back, choose another run_dir, or accept with --allow_changed={names}"
         )
+
+
+def _with_defaults(tree: Any, section: Any) -> Any:
+    """A saved tree plus the defaults of fields that its sections did not have yet when it was saved."""
+    if isinstance(tree, list) and isinstance(section, tuple) and len(tree) == len(section):
+        return [_with_defaults(child, part) for child, part in zip(tree, section, strict=True)]
+    if not (isinstance(tree, dict) and dataclasses.is_dataclass(section)):
+        return tree
+    tree = dict(tree)
+    for field in dataclasses.fields(section):
+        if field.name in tree:
+            tree[field.name] = _with_defaults(tree[field.name], getattr(section, field.name))
+        elif field.default is not dataclasses.MISSING:
+            tree[field.name] = to_tree(field.default)
+        elif field.default_factory is not dataclasses.MISSING:
+            tree[field.name] = to_tree(field.default_factory())
+    return tree
 
 
 def import_file(file: str) -> None:

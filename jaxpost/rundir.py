@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import fcntl
 import importlib.metadata
 import json
@@ -64,11 +65,7 @@ def write_env(run_dir: str | os.PathLike, argv: list[str] | None = None) -> None
     """Append this start to env.json: versions, devices, command line, commit; secrets masked."""
     import jax
 
-    path = Path(run_dir) / "env.json"
-    try:
-        starts = json.loads(path.read_text(encoding="utf-8"))["starts"]
-    except (OSError, ValueError, KeyError, TypeError):
-        starts = []
+    path, starts = Path(run_dir) / "env.json", _starts(run_dir)
     kinds = [device.device_kind for device in jax.devices()]
     starts.append(
         redact(
@@ -90,6 +87,22 @@ def write_env(run_dir: str | os.PathLike, argv: list[str] | None = None) -> None
         )
     )
     replace_file(path, json.dumps({"starts": starts}, indent=1) + "\n")
+
+
+def start_date(run_dir: str | os.PathLike) -> str:
+    """ISO date of a run's first start, today's before it: the date that its chat template writes until the run ends."""
+    try:
+        return datetime.date.fromisoformat(_starts(run_dir)[0]["time"][:10]).isoformat()
+    except (LookupError, TypeError, ValueError):
+        return datetime.date.today().isoformat()
+
+
+def _starts(run_dir: str | os.PathLike) -> list:
+    """The starts that env.json remembers."""
+    try:
+        return json.loads((Path(run_dir) / "env.json").read_text(encoding="utf-8"))["starts"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
 
 
 def _version(package: str) -> str | None:

@@ -237,6 +237,17 @@ def test_a_changed_config_is_refused_field_by_field(tmp_path, file):
         config.check_resume(saved, config.load(file, ["lora=null"]).config)
 
 
+def test_a_field_newer_than_the_run_counts_as_its_default(tmp_path, file):
+    old = config.to_tree(config.load(file).config)
+    del old["optim"]["min_lr_ratio"], old["data"]["train"][0]["weight"], old["mesh"], old["loop"]["micro_batches"]
+    saved = tmp_path / "config.yaml"
+    saved.write_text(yaml_loader.dump(old))
+    config.check_resume(saved, config.load(file).config)
+    changed = config.load(file, ["optim.min_lr_ratio=0.5"]).config
+    with pytest.raises(CheckpointError, match="optim.min_lr_ratio: 0.0 -> 0.5"):
+        config.check_resume(saved, changed)
+
+
 def test_diff_by_hand():
     old, new = {"a": {"b": 1, "c": [1, 2]}, "d": 1, "e": None}, {"a": {"b": 1.0, "c": [1, 3]}, "d": True, "f": None}
     assert config.diff(old, new) == [("a.c.1", 2, 3), ("d", 1, True)]

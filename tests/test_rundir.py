@@ -1,5 +1,6 @@
 """One writer a run directory; env.json remembers every start without secrets."""
 
+import datetime
 import json
 import os
 import subprocess
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from jaxpost.errors import ConfigError
-from jaxpost.rundir import RunLock, write_env
+from jaxpost.rundir import RunLock, start_date, write_env
 
 
 def test_a_second_start_is_refused_with_the_holder(tmp_path):
@@ -56,3 +57,16 @@ def test_env_lists_every_start_and_masks_secrets(tmp_path, monkeypatch):
     assert first["command"] == ["train", "x.token=***"] and second["command"] == ["train"]
     assert "0123456789abcdef" not in text and first["environment"]["JAX_TEST_NOTE"] == "***"
     assert first["versions"]["jax"] and sum(first["devices"].values()) == 8
+
+
+def test_a_run_keeps_the_date_of_its_first_start(tmp_path):
+    today = datetime.date.today().isoformat()
+    assert start_date(tmp_path) == today
+    write_env(tmp_path, [])
+    assert start_date(tmp_path) == today
+    starts = json.loads((tmp_path / "env.json").read_text())["starts"]
+    first = [starts[0] | {"time": "2024-02-29T23:59:59+0000"}]
+    (tmp_path / "env.json").write_text(json.dumps({"starts": first + starts}))
+    assert start_date(tmp_path) == "2024-02-29"
+    (tmp_path / "env.json").write_text("{")  # damaged: today again
+    assert start_date(tmp_path) == today

@@ -44,10 +44,17 @@ class _Encoded(NamedTuple):
 class Tokenizer:
     """Ids of text and chats. Pickles by path; equal content has an equal fingerprint.
 
-    pad_id may equal eos_id: nothing in jaxpost derives a mask from an id.
+    pad_id may equal eos_id: nothing in jaxpost derives a mask from an id. date: ISO date for templates that write
+    today's; None: today's.
     """
 
-    def __init__(self, parts: TokenizerParts, source: tuple[str, str | None] | None = None):
+    def __init__(
+        self,
+        parts: TokenizerParts,
+        source: tuple[str, str | None, str | None] | None = None,
+        date: str | None = None,
+    ):
+        self.date = date
         self._backend = parts.backend
         self._templates = parts.templates
         self._source = source
@@ -145,6 +152,7 @@ class Tokenizer:
             messages,
             self._variables(tools, variables),
             add_generation_prompt=add_generation_prompt,
+            date=self.date,
         ).text
 
     def encode_chat(
@@ -185,6 +193,7 @@ class Tokenizer:
             mark=loss_on in ("assistant", "last"),
             prefixes=[place for turn, end in zip(turns, ends) for place in ((turn, True), (end, False))],
             prefixes_with_marks=[(given, True)] if given else [],
+            date=self.date,
         )
         if loss_on == "all":
             spans = [_Span(0, len(rendered.text), exact=False)]
@@ -305,20 +314,21 @@ class Tokenizer:
             )
 
 
-def load_tokenizer(path: str | Path, chat_template: str | Path | None = None) -> Tokenizer:
+def load_tokenizer(path: str | Path, chat_template: str | Path | None = None, date: str | None = None) -> Tokenizer:
     """Tokenizer of a Hugging Face folder, FILE.gguf, a sentencepiece FILE.model or `smollm2-135m`; read once a process.
 
-    chat_template is the path of a .jinja file to use instead of the tokenizer's own. Raises DataError.
+    chat_template is the path of a .jinja file to use instead of the tokenizer's own; date as in Tokenizer. Raises
+    DataError.
     """
-    return _load(str(path), None if chat_template is None else str(chat_template))
+    return _load(str(path), None if chat_template is None else str(chat_template), date)
 
 
 @functools.lru_cache(maxsize=8)
-def _load(path: str, chat_template: str | None) -> Tokenizer:
+def _load(path: str, chat_template: str | None, date: str | None) -> Tokenizer:
     parts = read_parts(path)
     if chat_template is not None:
         try:
             parts.templates = {"default": Path(chat_template).expanduser().read_text(encoding="utf-8")}
         except (OSError, UnicodeDecodeError) as error:
             raise DataError(f"chat template {chat_template!r} cannot be read: {error}") from error
-    return Tokenizer(parts, (path, chat_template))
+    return Tokenizer(parts, (path, chat_template, date), date)

@@ -32,8 +32,11 @@ def limit_process():
             pass
 
 
-def build_environment(marks):
-    """The sandbox in which transformers renders, plus `generation` blocks that set `marks` around their text."""
+def build_environment(marks, clock):
+    """The sandbox in which transformers renders, plus `generation` blocks that set `marks` around their text.
+
+    clock["now"] is the time that templates see, None the real one.
+    """
     from jinja2 import TemplateError, nodes
     from jinja2.exceptions import SecurityError
     from jinja2.ext import Extension, loopcontrols
@@ -56,7 +59,7 @@ def build_environment(marks):
         raise TemplateError(message)
 
     def strftime_now(form):
-        return datetime.now().strftime(form)
+        return (clock["now"] or datetime.now()).strftime(form)
 
     def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
         return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
@@ -107,7 +110,8 @@ class Renderer:
 
     def __init__(self, source):
         self.marks = {"present": False, "open": "", "close": ""}
-        self.template = build_environment(self.marks).from_string(source)
+        self.clock = {"now": None}
+        self.template = build_environment(self.marks, self.clock).from_string(source)
 
     def text(self, messages, add_generation_prompt, variables):
         """The rendered chat, stopped at MAX_CHARS."""
@@ -147,6 +151,7 @@ class Renderer:
 def render(renderer, request):
     """The full text, and for a training row the spans and the lengths of the prefixes asked for."""
     messages, variables = tidy(request["messages"]), request["variables"]
+    renderer.clock["now"] = datetime.fromisoformat(request["date"]) if request["date"] else None
     full = renderer.text(messages, request["add_generation_prompt"], variables)
     reply = {"text": full, "spans": None, "prefixes": []}
     if request["mark"] and renderer.marks["present"]:

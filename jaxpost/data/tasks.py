@@ -61,6 +61,7 @@ class Task:
     tokenizer_path: str
     loss_on: LossOn = "assistant"
     chat_template: str | None = None
+    date: str | None = None
 
     def __call__(self, record: Record, where: str) -> Example:
         try:
@@ -74,7 +75,7 @@ class Task:
     @property
     def tokenizer(self) -> Tokenizer:
         """The tokenizer, read at first use in each process."""
-        return load_tokenizer(self.tokenizer_path, self.chat_template)
+        return load_tokenizer(self.tokenizer_path, self.chat_template, self.date)
 
 
 def make_task(
@@ -84,6 +85,7 @@ def make_task(
     columns: Mapping[str, str] | None = None,
     *,
     chat_template: str | None = None,
+    date: str | None = None,
 ) -> Task:
     """A picklable task. columns are the fields that the source renames, checked here: ConfigError on unknown names."""
     if task != "auto" and task not in COLUMNS:
@@ -94,7 +96,7 @@ def make_task(
             raise ConfigError(f"columns.{name}: task {task!r} reads no such field, only {', '.join(sorted(known))}")
     if loss_on not in ("assistant", "last", "completion", "all"):
         raise ConfigError(f"loss_on {loss_on!r}: expected assistant, last, completion or all")
-    return Task(task, tokenizer_path, loss_on, chat_template)
+    return Task(task, tokenizer_path, loss_on, chat_template, date)
 
 
 def detect(record: Record) -> str:

@@ -90,12 +90,14 @@ def render(
     mark: bool = False,
     prefixes: Sequence[tuple[int, bool]] = (),
     prefixes_with_marks: Sequence[tuple[int, bool]] = (),
+    date: str | None = None,
 ) -> Rendered:
     """messages through template, as transformers would render them.
 
     mark asks for the spans of generation blocks. Each (count, add_generation_prompt) of `prefixes` renders
     messages[:count] too and must give a prefix of the whole; where spans were found `prefixes_with_marks` replaces
-    it. Raises DataError when the template fails, hits a cap, or a prefix is none.
+    it. date: what strftime_now takes for today, as ISO text. Raises DataError when the template fails, hits a cap, or a
+    prefix is none.
     """
     reply = _worker.ask(
         {
@@ -106,6 +108,7 @@ def render(
             "mark": mark,
             "prefixes": list(prefixes),
             "prefixes_with_marks": list(prefixes_with_marks),
+            "date": date,
         }
     )
     if "died" in reply:

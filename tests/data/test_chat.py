@@ -1,6 +1,7 @@
 """Tokenizer and masks: equal to transformers on golden cases, round trips, every check, hostile templates."""
 
 import copy
+import datetime
 import json
 import os
 import pathlib
@@ -19,6 +20,7 @@ from jaxpost.data import masks, template
 from jaxpost.data.chat import Tokenizer, load_tokenizer
 from jaxpost.data.tokenizer_files import TokenizerParts, bpe_merges, read_parts
 from jaxpost.errors import DataError
+from tests import tiny
 
 GOLDEN = json.loads((pathlib.Path(__file__).parents[1] / "golden" / "chat_templates.json").read_text(encoding="utf-8"))
 CASES = [(style, i) for style, entry in GOLDEN["styles"].items() for i in range(len(entry["cases"]))]
@@ -492,3 +494,14 @@ def test_golden_cases_are_not_mutated_by_rendering(smollm2):
     before = copy.deepcopy(CHAT)
     smollm2.encode_chat(CHAT)
     assert before == CHAT
+
+
+def test_a_dated_template_writes_the_date_it_is_given(tmp_path):
+    folder = tiny.write_tokenizer(tmp_path / "tokenizer")
+    (tmp_path / "dated.jinja").write_text("{{ strftime_now('%d %b %Y') }}: {{ messages[0].content }}")
+    chat = [{"role": "user", "content": "hi"}]
+    given = load_tokenizer(folder, tmp_path / "dated.jinja", "2024-07-26")
+    assert given.render(chat) == "26 Jul 2024: hi"
+    assert pickle.loads(pickle.dumps(given)).render(chat) == "26 Jul 2024: hi"
+    today = load_tokenizer(folder, tmp_path / "dated.jinja").render(chat)  # the child process is the same one
+    assert today == f"{datetime.date.today():%d %b %Y}: hi"
