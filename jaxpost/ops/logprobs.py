@@ -1,8 +1,9 @@
 """Log-probabilities and entropies of tokens from hidden states and the head, without the [tokens, vocab] logits.
 
 The vocabulary is walked in tiles and, inside a tile, the tokens in chunks, so that at most [chunk, tile] logits exist
-at a time, forward and backward. Three things keep it as quick as the plain loss:
+at a time, forward and backward. Four things keep it as quick as the plain loss:
 
+- the logits of the first tiles, as many as fit in KEPT_BYTES, wait for the backward pass; only others are made twice;
 - rows that the mask leaves out are moved behind the others and never multiplied (the number of chunks is dynamic);
 - a gradient that nobody asked for (a frozen head under LoRA) is not computed;
 - with a frozen head the gradient of the logprob by the hidden state, head[target] - E_p[head], is gathered on the way
@@ -27,6 +28,7 @@ Array = jax.Array
 
 TILE = 4096  # columns of the local vocabulary at a time
 CHUNK_BYTES = 8 * 2**20  # most fp32 logits at a time: 512 rows of a tile; more rows would skip less
+KEPT_BYTES = 128 * 2**20  # most fp32 logits that the forward pass leaves for the backward pass, on each device
 MASKED = -1e30  # a logit that does not count; finite, because 0 * -inf is nan
 
 
@@ -156,20 +158,21 @@ def _plan_on_mesh(plan: Plan, mesh: Mesh, specs, ndim: int, head_shape: tuple[in
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _stats(plan, hidden, head, targets, mask, temperature):
-    return _on_mesh(plan, functools.partial(_forward, plan, False), hidden, head, targets, mask, temperature)[:3]
+    forward = functools.partial(_forward, plan, "nothing")
+    return _on_mesh(plan, forward, hidden, head, targets, mask, temperature)[:3]
 
 
 def _stats_fwd(plan, hidden, head, targets, mask, temperature):
     wanted = {name: () for name, x in (("hidden", hidden), ("head", head)) if x.perturbed}  # only its keys count
     primals = (hidden, head, targets, mask, temperature)
     args = jax.tree.map(lambda x: x.value, primals, is_leaf=lambda x: isinstance(x, CustomVJPPrimal))
-    forward = functools.partial(_forward, plan, "head" not in wanted)
-    logprobs, entropy, correct, lse, direction = _on_mesh(plan, forward, *args)
-    return (logprobs, entropy, correct), (args, lse, entropy, direction, wanted)
+    forward = functools.partial(_forward, plan, "logits" if "head" in wanted else "direction")
+    logprobs, entropy, correct, lse, direction, kept = _on_mesh(plan, forward, *args)
+    return (logprobs, entropy, correct), (args, lse, entropy, direction, kept, wanted)
 
 
 def _stats_bwd(plan, saved, cotangents):
-    args, lse, entropy, direction, wanted = saved
+    args, lse, entropy, direction, kept, wanted = saved
     hidden, head, targets, mask, temperature = args
     by_logprob, by_entropy = (
         jnp.zeros(targets.shape, jnp.float32) if isinstance(g, SymbolicZero) else g for g in cotangents[:2]
@@ -179,21 +182,20 @@ def _stats_bwd(plan, saved, cotangents):
     if direction is not None and isinstance(cotangents[1], SymbolicZero):
         return (by_logprob[..., None] * direction).astype(hidden.dtype), None, None, None, None
     backward = functools.partial(_backward, plan, "hidden" in wanted, "head" in wanted)
-    d_hidden, d_head = _on_mesh(plan, backward, *args, lse, entropy, by_logprob, by_entropy)
+    d_hidden, d_head = _on_mesh(plan, backward, *args, (lse, entropy, by_logprob, by_entropy), kept)
     return d_hidden, d_head, None, None, None
 
 
 _stats.defvjp(_stats_fwd, _stats_bwd, symbolic_zeros=True)
 
 
-def _on_mesh(plan: Plan, function, hidden, head, targets, mask, temperature, *per_token):
-    """Calls the function on every shard; it returns per-token arrays or, backward, (d_hidden, d_head)."""
-    args = (hidden, head, targets, mask, temperature, *per_token)
+def _on_mesh(plan: Plan, function, *args):
+    """Calls _forward or, where there are more than its five arguments, _backward on every shard."""
     if plan.mesh is None:
         return function(*args)
-    token = plan.targets
-    in_specs = (plan.hidden, plan.head, token, token, PartitionSpec(), *(token for _ in per_token))
-    out_specs = (plan.hidden, plan.head) if per_token else (token, token, token, token, plan.hidden)
+    token, kept = plan.targets, PartitionSpec((*plan.vocab_axes, *plan.token_axes))  # chunks, each shard's own
+    in_specs = (plan.hidden, plan.head, token, token, PartitionSpec(), (token,) * 4, kept)[: len(args)]
+    out_specs = (plan.hidden, plan.head) if len(args) > 5 else (token, token, token, token, plan.hidden, kept)
     return jax.shard_map(function, mesh=plan.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)(*args)
 
 
@@ -250,24 +252,24 @@ class Head:
         """First row of tile i."""
         return jnp.minimum(i * self.tile, self.size - self.tile)
 
-    def logits(self, x: Array, i: Array, weight: Array, inverse: Array) -> tuple[Array, Array | float]:
-        """Logits f32[R, tile] over the temperature, and their slope by the raw product without it."""
+    def logits(self, x: Array, i: Array, weight: Array, inverse: Array) -> Array:
+        """f32[R, tile], soft-capped, over the temperature."""
         z = lax.dot_general(x, weight, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
-        z, slope = self.cap(z)
+        if (cap := self.plan.softcap) is not None:
+            z = cap * jnp.tanh(z / cap)
         z = z * inverse
         column = jnp.arange(self.tile)
         if self.size % self.tile:
             z = jnp.where(column >= i * self.tile - self.start(i), z, MASKED)
         if self.padded:
             z = jnp.where(column < self.plan.vocab - self.first - self.start(i), z, MASKED)
-        return z, slope
+        return z
 
-    def cap(self, z: Array) -> tuple[Array, Array | float]:
-        """Soft-capped logits and the cap's derivative."""
+    def slope(self, logits: Array, temperature: Array) -> Array | float:
+        """Derivative of the soft cap where it gave these logits."""
         if self.plan.softcap is None:
-            return z, 1.0
-        ratio = jnp.tanh(z / self.plan.softcap)
-        return self.plan.softcap * ratio, 1 - ratio**2
+            return 1.0
+        return 1 - jnp.clip(logits * temperature / self.plan.softcap, -1, 1) ** 2
 
     def column(self, targets: Array, i: Array) -> Array:
         """Column of the target within tile i, -1 where it is not among the tile's new columns."""
@@ -275,19 +277,24 @@ class Head:
         return jnp.where((column >= i * self.tile - self.start(i)) & (column < self.tile), column, -1)
 
 
-def _forward(plan: Plan, with_direction: bool, hidden, head, targets, mask, temperature):
-    """(logprobs, entropy, correct, log-sum-exp, d logprob / d hidden or None), by an online softmax over the tiles."""
+def _forward(plan: Plan, leave: str, hidden, head, targets, mask, temperature):
+    """(logprobs, entropy, correct, log-sum-exp, d logprob / d hidden, kept logits): an online softmax over the tiles.
+
+    leave: "nothing", "direction" or "logits" for the backward pass; what is not left is None.
+    """
+    with_direction = leave == "direction"
     dtype = hidden.dtype
     head = Head(plan, head.astype(dtype))
     rows = Rows(targets.shape, mask, head.tile)
     x, y, inverse = rows.pack(hidden), rows.pack(targets), 1 / temperature
 
-    def tile_step(i, carry):
+    def tile_step(keep, i, carry):
         weight = lax.dynamic_slice_in_dim(head.matrix, head.start(i), head.tile).astype(dtype)
 
         def chunk_step(j, carry):
+            carry, kept = carry
             top, total, moment, chosen, mean = jax.tree.map(lambda a: a[j], carry)
-            logits, slope = head.logits(x[j].astype(dtype), i, weight, inverse)
+            logits = head.logits(x[j].astype(dtype), i, weight, inverse)
             column = head.column(y[j], i)
             picked = jnp.take_along_axis(logits, jnp.maximum(column, 0)[:, None], axis=1)[:, 0]
             chosen = jnp.where(column >= 0, picked, chosen)
@@ -298,9 +305,13 @@ def _forward(plan: Plan, with_direction: bool, hidden, head, targets, mask, temp
             moment = scale * (moment + shift * total) + jnp.sum(weights * gap, axis=1)
             total = scale * total + jnp.sum(weights, axis=1)
             if with_direction:
-                mean = scale[:, None] * mean + _matmul((weights * slope).astype(dtype), weight)
+                mean = scale[:, None] * mean + _matmul(
+                    (weights * head.slope(logits, temperature)).astype(dtype), weight
+                )
             new = (new_top, total, moment, chosen, mean)
-            return jax.tree.map(lambda a, b: lax.dynamic_update_index_in_dim(a, b, j, 0), carry, new)
+            if keep:
+                kept = lax.dynamic_update_slice(kept, logits[None, None], (j, i, 0, 0))
+            return jax.tree.map(lambda a, b: lax.dynamic_update_index_in_dim(a, b, j, 0), carry, new), kept
 
         return lax.fori_loop(0, rows.chunks, chunk_step, carry)
 
@@ -308,7 +319,11 @@ def _forward(plan: Plan, with_direction: bool, hidden, head, targets, mask, temp
     zeros = jnp.zeros(shape, jnp.float32)
     mean = jnp.zeros((*shape, hidden.shape[-1]), jnp.float32) if with_direction else None
     carry = (jnp.full(shape, MASKED), zeros, zeros, jnp.full(shape, -jnp.inf), mean)
-    top, total, moment, chosen, mean = lax.fori_loop(0, head.num_tiles, tile_step, carry)
+    num_kept = min(head.num_tiles, KEPT_BYTES // (math.prod(shape) * head.tile * 4)) if leave == "logits" else 0
+    kept = jnp.zeros((rows.num_chunks, num_kept, rows.rows, head.tile), jnp.float32) if num_kept else None
+    carry = _loop(0, num_kept, functools.partial(tile_step, True), (carry, kept))
+    carry, kept = _loop(num_kept, head.num_tiles, functools.partial(tile_step, False), carry)
+    top, total, moment, chosen, mean = carry
 
     local_top, axes = top, plan.vocab_axes
     if axes:
@@ -322,16 +337,16 @@ def _forward(plan: Plan, with_direction: bool, hidden, head, targets, mask, temp
     if with_direction:
         own = (y >= head.first) & (y < head.first + head.size)
         row = head.matrix[jnp.clip(y - head.first, 0, head.size - 1)].astype(jnp.float32)
-        slope = 1.0 if plan.softcap is None else 1 - (chosen * temperature / plan.softcap) ** 2
-        direction = jnp.where(own, slope, 0)[..., None] * row - (jnp.exp(local_top - top) / total)[..., None] * mean
+        direction = (
+            jnp.where(own, head.slope(chosen, temperature), 0)[..., None] * row
+            - (jnp.exp(local_top - top) / total)[..., None] * mean
+        )
         direction = rows.unpack(lax.psum(direction, axes) * inverse).astype(hidden.dtype)
     correct = (chosen >= top).astype(jnp.float32)
-    return *map(rows.unpack, (chosen - lse, entropy, correct, lse)), direction
+    return *map(rows.unpack, (chosen - lse, entropy, correct, lse)), direction, kept
 
 
-def _backward(
-    plan, want_hidden, want_head, hidden, head, targets, mask, temperature, lse, entropy, by_logprob, by_entropy
-):
+def _backward(plan, want_hidden, want_head, hidden, head, targets, mask, temperature, per_token, kept):
     """(d_hidden, d_head), None where not wanted. With p the probabilities and h the entropy,
 
     d logprob / d logit_v = [v = target] - p_v and d h / d logit_v = -p_v (log p_v + h).
@@ -340,10 +355,11 @@ def _backward(
     head = Head(plan, head.astype(dtype))
     rows = Rows(targets.shape, mask, head.tile)
     x, y, inverse = rows.pack(hidden), rows.pack(targets), 1 / temperature
-    per_token = tuple(rows.pack(a) for a in (lse, entropy, by_logprob, by_entropy))
+    per_token = tuple(map(rows.pack, per_token))  # lse, entropy, by_logprob, by_entropy
+    num_kept = 0 if kept is None else kept.shape[1]
 
-    def tile_step(step, carry):
-        i = head.num_tiles - 1 - step  # backwards: what the last tile writes where it overlaps is written over
+    def tile_step(first, stop, step, carry):
+        i = stop - 1 - (step - first)  # backwards: what the last tile writes where it overlaps is written over
         d_hidden, d_head = carry
         weight = lax.dynamic_slice_in_dim(head.matrix, head.start(i), head.tile).astype(dtype)
 
@@ -351,11 +367,14 @@ def _backward(
             d_hidden, d_weight = carry
             rows_j = x[j].astype(dtype)
             lse, entropy, by_logprob, by_entropy = (a[j][:, None] for a in per_token)
-            logits, slope = head.logits(rows_j, i, weight, inverse)
+            if stop <= num_kept:
+                logits = lax.dynamic_slice(kept, (j, i, 0, 0), (1, 1, *kept.shape[2:]))[0, 0]
+            else:
+                logits = head.logits(rows_j, i, weight, inverse)
             logp = logits - lse
             hit = jnp.arange(head.tile) == head.column(y[j], i)[:, None]
             d_logits = jnp.where(hit, by_logprob, 0) - jnp.exp(logp) * (by_logprob + by_entropy * (logp + entropy))
-            d_logits = (d_logits * slope * inverse).astype(dtype)
+            d_logits = (d_logits * head.slope(logits, temperature) * inverse).astype(dtype)
             if want_hidden:
                 d_hidden = lax.dynamic_update_index_in_dim(d_hidden, d_hidden[j] + _matmul(d_logits, weight), j, 0)
             if want_head:
@@ -370,7 +389,10 @@ def _backward(
 
     d_hidden = jnp.zeros(x.shape, jnp.float32) if want_hidden else None
     d_head = jnp.zeros(head.matrix.shape, jnp.float32) if want_head else None
-    d_hidden, d_head = lax.fori_loop(0, head.num_tiles, tile_step, (d_hidden, d_head))
+    carry = (d_hidden, d_head)
+    for first, stop in ((num_kept, head.num_tiles), (0, num_kept)):
+        carry = _loop(first, stop, functools.partial(tile_step, first, stop), carry)
+    d_hidden, d_head = carry
     if want_hidden:
         d_hidden = rows.unpack(lax.psum(d_hidden, plan.vocab_axes)).astype(hidden.dtype)
     if want_head:
@@ -379,6 +401,11 @@ def _backward(
         rest = tuple(axis for axis in plan.token_axes if axis not in plan.gather_axes)
         d_head = lax.psum(d_head, rest).astype(head_dtype)
     return d_hidden, d_head
+
+
+def _loop(first: int, stop: int, body, carry):
+    """fori_loop whose body is not even traced where there is nothing to do."""
+    return carry if first == stop else lax.fori_loop(first, stop, body, carry)
 
 
 def _matmul(a: Array, b: Array) -> Array:

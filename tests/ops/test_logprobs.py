@@ -60,10 +60,11 @@ def assert_close(got, want, tolerance=2e-6):
         assert np.max(np.abs(x - y)) <= tolerance * max(1e-3, np.max(np.abs(y))), np.max(np.abs(x - y))
 
 
-@pytest.fixture
-def small_chunks(monkeypatch):
-    """Several chunks of tokens even in small examples."""
+@pytest.fixture(params=[0, 5000], ids=["no logits kept", "some kept"])
+def small_chunks(monkeypatch, request):
+    """Several chunks of tokens even in small examples; elsewhere all logits are kept for the backward pass."""
     monkeypatch.setattr(module, "CHUNK_BYTES", 700)
+    monkeypatch.setattr(module, "KEPT_BYTES", request.param)
 
 
 def test_hand_computed():
@@ -154,7 +155,7 @@ def test_bf16_accumulates_in_fp32(small_chunks, wanted):
     assert_close(got_grads, want_grads if wanted else want_grads[0], 1e-2)  # rounded to bf16 once or twice: 2^-8 each
 
 
-def test_frozen_head_has_no_gradient_work():
+def test_frozen_head_has_no_gradient_work(monkeypatch):
     hidden, head, targets, a, _ = example((64,), vocab=4096, width=32)
 
     def products(wanted):
@@ -162,7 +163,9 @@ def test_frozen_head_has_no_gradient_work():
         return str(jax.make_jaxpr(grad)(hidden, head)).count("dot_general")
 
     assert products(0) == 2  # logits and direction; the backward pass multiplies nothing
-    assert products((0, 1)) == 4  # logits twice, d_hidden, d_head
+    assert products((0, 1)) == 3  # logits, d_hidden, d_head
+    monkeypatch.setattr(module, "KEPT_BYTES", 0)
+    assert products((0, 1)) == 4  # logits twice
 
 
 @pytest.mark.parametrize(
