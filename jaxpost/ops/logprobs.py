@@ -28,7 +28,7 @@ Array = jax.Array
 
 TILE = 4096  # columns of the local vocabulary at a time
 CHUNK_BYTES = 8 * 2**20  # most fp32 logits at a time: 512 rows of a tile; more rows would skip less
-KEPT_BYTES = 128 * 2**20  # most fp32 logits that the forward pass leaves for the backward pass, on each device
+KEPT_BYTES = 256 * 2**20  # most fp32 logits that the forward pass leaves for the backward pass, on each device
 MASKED = -1e30  # a logit that does not count; finite, because 0 * -inf is nan
 
 
