@@ -1,0 +1,43 @@
+"""How a batch is laid out changes nothing: packing, padding, row order, micro-batches, what stands under weight 0."""
+
+import dataclasses
+
+import jax
+import pytest
+
+from tests.properties import harness
+from tests.properties.harness import Run, SpoiltPolicy, all_cases, assert_same, packed, shuffled, spoilt, unpacked
+
+CASES = [case for case in all_cases() if case.same_as is None]
+ZERO_KNOBS = [case for case in all_cases() if case.same_as is not None]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_layout_changes_nothing(case):
+    batch = packed(case.units)
+    assert (batch.segments.max(axis=1) > 1).any() and (batch.segments == 0).any()
+    run = Run(case)
+    want = run(batch)
+    assert_same(run(unpacked(case.units)), want)
+    assert_same(run(shuffled(batch)), want)
+    assert_same(run(packed(case.units[::-1])), want)
+    assert_same(run(packed(case.units, width=2 * harness.WIDTH)), want)
+    assert_same(Run(case, micro_batches=4)(batch), want, 4e-6)  # every leaf is rounded four times more
+    assert_same(Run(case, policy=SpoiltPolicy)(spoilt(batch)), want)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_without_jit(case):
+    units = case.units[:2]
+    batch = packed(units, rows=1, width=32)
+    run = Run(case)
+    want = run(batch)
+    with jax.disable_jit():
+        assert_same(run(batch), want)
+
+
+@pytest.mark.parametrize("case", ZERO_KNOBS, ids=lambda case: case.name)
+def test_a_knob_without_strength_is_the_simpler_method_exactly(case):
+    batch = packed(case.units, rows=1)
+    plain = dataclasses.replace(case, algorithm=case.same_as)
+    assert_same(Run(case)(batch), Run(plain)(batch), tolerance=0)
