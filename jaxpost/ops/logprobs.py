@@ -46,17 +46,21 @@ class Plan(NamedTuple):
     @property
     def vocab_axes(self) -> tuple[str, ...]:
         """Mesh axes over which the head's rows are split."""
-        return _axes(self.head, 0)
+        return self._split(self.head, 0)
 
     @property
     def gather_axes(self) -> tuple[str, ...]:
         """Mesh axes over which the head's columns are split: gathered before the loop."""
-        return _axes(self.head, 1)
+        return self._split(self.head, 1)
 
     @property
     def token_axes(self) -> tuple[str, ...]:
         """Mesh axes over which the tokens are split."""
-        return tuple(axis for dim in range(len(self.targets)) for axis in _axes(self.targets, dim))
+        return tuple(axis for dim in range(len(self.targets)) for axis in self._split(self.targets, dim))
+
+    def _split(self, spec: PartitionSpec, dim: int) -> tuple[str, ...]:
+        """Axes of one device split nothing, but a collective over them would still copy."""
+        return tuple(axis for axis in _axes(spec, dim) if self.mesh and self.mesh.shape[axis] > 1)
 
 
 def token_logprobs(

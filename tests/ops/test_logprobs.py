@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxpost.ops import logprobs as module
 from jaxpost.ops.logprobs import token_logprobs, token_stats
+from tests import hlo
 
 SPECS = (P(("data", "fsdp"), None, None), P("tensor", "fsdp"), P(("data", "fsdp"), None))
 
@@ -267,32 +268,6 @@ def test_specs_that_do_not_fit_are_refused():
         token_logprobs(hidden, head[:96], targets, mesh=mesh, specs=(SPECS[0], P("fsdp", None), SPECS[2]))
 
 
-COLLECTIVE = re.compile(r"= (.*?) (all-gather|all-reduce|reduce-scatter|collective-permute|all-to-all)(?:-start)?\(")
-
-
-def computations(text):
-    """HLO text -> {computation: its lines}."""
-    found, name = {}, None
-    for line in text.splitlines():
-        if line and not line[0].isspace() and line.rstrip().endswith("{"):
-            name = line.removeprefix("ENTRY ").split()[0].lstrip("%")
-            found[name] = []
-        elif name:
-            found[name].append(line)
-    return found
-
-
-def called(found, roots):
-    """Names of the computations reachable from the roots."""
-    seen, todo = set(), list(roots)
-    while todo:
-        name = todo.pop()
-        if name in found and name not in seen:
-            seen.add(name)
-            todo += re.findall(r"%([\w.\-]+)", "\n".join(found[name]))
-    return seen
-
-
 @pytest.mark.parametrize("wanted", [(0, 1), 0])
 def test_collectives_stay_outside_the_loops(wanted):
     mesh = mesh_of(data=2, fsdp=2, tensor=2)
@@ -303,19 +278,11 @@ def test_collectives_stay_outside_the_loops(wanted):
         logprobs, entropy = token_logprobs(h, w, t, tile=128, mesh=mesh, specs=SPECS)
         return jnp.sum(logprobs) + jnp.sum(entropy)
 
-    found = computations(jax.jit(jax.grad(loss, wanted)).lower(h, w).compile().as_text())
-    bodies = [body for lines in found.values() for line in lines for body in re.findall(r"body=%([\w.\-]+)", line)]
-    assert bodies
-    inside = called(found, bodies)
-    kinds = []
-    for name, lines in found.items():
-        for line in lines:
-            if match := COLLECTIVE.search(line):
-                assert name not in inside, line
-                sizes = [math.prod(int(n) for n in s.split(",") if n) for s in re.findall(r"\w+\[([\d,]*)\]", match[1])]
-                kinds.append((match[2], max(sizes)))
-    local_head = vocab * width // 2  # over tensor
-    moved = [kind for kind, size in kinds if size >= local_head // 2]
+    text = jax.jit(jax.grad(loss, wanted)).lower(h, w).compile().as_text()
+    found = hlo.collectives(text)
+    assert " while(" in text and found and not [one for one in found if one.loops]
+    local_head = vocab * width // 2 * 4  # over tensor
+    moved = [one.kind for one in found if max(one.sizes) >= local_head // 2]
     # Once the head's gather (the two passes share it), once its gradient's reduction in two steps: fsdp, then data.
     assert moved.count("all-gather") <= 2
-    assert len(moved) - moved.count("all-gather") == (2 if wanted != 0 else 0), kinds
+    assert len(moved) - moved.count("all-gather") == (2 if wanted != 0 else 0), moved

@@ -1,0 +1,34 @@
+"""One device equals two, four and eight, on every mesh axis alone and combined: losses, gradients, metrics."""
+
+import pytest
+
+from tests.properties.harness import Run, all_cases, assert_same, packed
+
+AXES = ("data", "fsdp", "tensor", "context")
+TOGETHER = [
+    {"data": 2, "fsdp": 2, "tensor": 2},
+    {"data": 2, "context": 2, "tensor": 2},
+    {"data": 1, "fsdp": 2, "context": 2, "tensor": 2},
+]
+QUICK = [{"data": 1} | {axis: 8} for axis in AXES] + TOGETHER
+SLOW = [{"data": 1} | {axis: size} for axis in AXES for size in (2, 4)]
+SLOW += [{"data": 2, "fsdp": 2, "context": 2}, {"data": 4, "tensor": 2}, {"data": 1, "fsdp": 4, "tensor": 2}]
+CASES = [case for case in all_cases() if case.same_as is None]
+
+
+def check(case, meshes) -> None:
+    batch = packed(case.units)
+    want = Run(case)(batch)
+    for mesh in meshes:
+        assert_same(Run(case, mesh)(batch), want)
+
+
+@pytest.mark.parametrize(("case", "meshes"), [(CASES[0], QUICK), (CASES[1], TOGETHER[:1])], ids=["full", "lora"])
+def test_eight_devices(case, meshes):
+    check(case, meshes)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_every_mesh(case):
+    check(case, QUICK + SLOW)
