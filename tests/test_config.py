@@ -108,7 +108,10 @@ CASES = [
     ("output_dir=1", "output_dir: unknown key; did you mean run_dir? (command line)"),
     ("data.train.0.sorce=x", "data.train.0.sorce: unknown key; did you mean data.train.0.source? (command line)"),
     ("algorithm.knd=x", "algorithm.knd: unknown key; did you mean algorithm.kind? (command line)"),
-    ("algorithm.zzz=1", "algorithm.zzz: unknown key; known here: name, kind, normalise, constant (command line)"),
+    (
+        "algorithm.zzz=1",
+        "algorithm.zzz: unknown key; known here: name, kind, normalise, constant, neftune_alpha, ema_decay (command line)",
+    ),
     ("model.source=", "model.source: must be text, not null (command line)"),
     ("loop.steps=abc", "loop.steps: must be an integer, not 'abc' (command line)"),
     ("loop.steps=1.0", "loop.steps: must be an integer, not 1.0 (command line)"),
@@ -235,6 +238,19 @@ def test_a_changed_config_is_refused_field_by_field(tmp_path, file):
         config.check_resume(saved, changed, ["lora.rnk"])
     with pytest.raises(CheckpointError, match="lora: "):
         config.check_resume(saved, config.load(file, ["lora=null"]).config)
+
+
+def test_a_run_of_an_older_version_goes_on(tmp_path, file):
+    saved = tmp_path / "config.yaml"
+    dump = config.load(file).dump()
+    younger = [
+        line for line in dump.splitlines() if not re.match(r"  (groups|first_moment_dtype|neftune_alpha):", line)
+    ]
+    assert len(younger) == len(dump.splitlines()) - 3
+    saved.write_text("\n".join(younger))
+    config.check_resume(saved, config.load(file).config)
+    with pytest.raises(CheckpointError, match="optim.first_moment_dtype: float32 -> bfloat16"):
+        config.check_resume(saved, config.load(file, ["optim.first_moment_dtype=bfloat16"]).config)
 
 
 def test_diff_by_hand():
