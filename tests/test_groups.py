@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -83,7 +84,7 @@ def test_lora_plus_moves_b_alone():
         ({"groups": ({"match": "policy.embedd"},)}, r"optim.groups.0.match: 'policy.embedd' matches no.*policy\.embed"),
         (
             {"groups": ({"match": "q"}, {"match": "embed", "layers": "0:"})},
-            "optim.groups.1.layers: '0:' holds no layer",
+            "optim.groups.1.layers: '0:' holds no",
         ),
         ({"groups": ({"match": "attn", "layers": "8:"},)}, "optim.groups.0.layers: '8:' holds no layer that 'attn'"),
         ({"lora_plus_ratio": 2.0}, "optim.lora_plus_ratio: there are no adapters"),
@@ -98,9 +99,9 @@ def test_what_reaches_nothing_is_refused(given, message):
 
 
 def test_a_group_moves_its_layers_that_much_more_and_zero_holds_them():
-    groups = ({"match": "attn", "layers": "4:", "lr_multiplier": 0.0}, {"match": "attn", "lr_multiplier": 3.0})
+    groups = ({"match": "attn", "layers": "1:", "lr_multiplier": 0.0}, {"match": "attn", "lr_multiplier": 3.0})
     config = OptimConfig(learning_rate=0.1, schedule="constant", weight_decay=0.1, groups=groups)
-    params = jax.tree.map(lambda x: np.ones(x.shape, np.float32), FULL)
+    params = {"policy": {"blocks": {"0": {"attn": {"q": jnp.ones((2, 3, 4))}, "mlp": {"up": jnp.ones((2, 3, 4))}}}}}
     tx, _ = make_optimizer(config, 10, params)
     updates, _ = tx.update(params, tx.init(params), params)
     q, up = updates["policy"]["blocks"]["0"]["attn"]["q"], updates["policy"]["blocks"]["0"]["mlp"]["up"]

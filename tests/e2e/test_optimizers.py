@@ -17,7 +17,6 @@ from jaxpost.errors import ConfigError
 from jaxpost.models.loading import ModelConfig
 from jaxpost.optim import OptimConfig, make_optimizer
 from jaxpost.sharding import MeshConfig
-from jaxpost.step import init_state
 from tests import tiny
 
 run = functools.partial(train.run, devices=jax.devices()[:1])
@@ -54,9 +53,7 @@ def lines(run_dir):
     return [{k: v for k, v in record.items() if k not in VOLATILE} for record in records]
 
 
-CHEAP = [
-    name if name in ("adamw", "adafactor", "muon") else pytest.param(name, marks=pytest.mark.slow) for name in RUNS
-]
+CHEAP = [pytest.param(name, marks=[pytest.mark.slow] if name in ("lion", "sgd") else []) for name in RUNS]
 
 
 @pytest.mark.parametrize("name", CHEAP)

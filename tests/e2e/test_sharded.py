@@ -28,12 +28,15 @@ def curve(folder, mesh, devices, **sections):
 
 
 @pytest.mark.parametrize(
-    ("lora", "meshes"), [(None, MESHES), ({"rank": 4, "alpha": 8.0}, MESHES[-1:])], ids=["full", "lora"]
+    ("lora", "meshes", "noise"),
+    [(None, MESHES, 0.0), ({"rank": 4, "alpha": 8.0}, MESHES[-1:], 5.0)],
+    ids=["full", "lora"],
 )
-def test_one_device_equals_eight(tmp_path, lora, meshes):
-    alone = curve(tmp_path / "one", {"data": 1}, jax.devices()[:1], lora=lora)
+def test_one_device_equals_eight(tmp_path, lora, meshes, noise):
+    sections = {"lora": lora, "algorithm": {"neftune_alpha": noise}}
+    alone = curve(tmp_path / "one", {"data": 1}, jax.devices()[:1], **sections)
     for i, mesh in enumerate(meshes):
-        shared = curve(tmp_path / str(i), mesh, jax.devices(), lora=lora)
+        shared = curve(tmp_path / str(i), mesh, jax.devices(), **sections)
         for name, values in alone.items():
             np.testing.assert_allclose(shared[name], values, rtol=2e-5, err_msg=f"{name} on {mesh}")
 
