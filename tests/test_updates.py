@@ -179,9 +179,9 @@ def test_newton_schulz_makes_singular_values_one_and_keeps_the_vectors():
 
 
 def test_a_muon_update_is_as_large_as_one_of_adamw():
-    """2502.16982: an rms of 0.2, whatever the shape, so that learning rates carry over."""
+    """2502.16982: an rms of 0.2, whatever the shape and the number of layers, so that learning rates carry over."""
     config = OptimConfig(name="muon", learning_rate=1.0, schedule="constant", clip_norm=None)
-    params = {"policy": {"blocks": {"0": {"q": jnp.zeros((2, 32, 48)), "down": jnp.zeros((2, 64, 16))}}}}
+    params = {"policy": {"blocks": {"0": {"q": jnp.zeros((90, 32, 48)), "down": jnp.zeros((90, 64, 16))}}}}
     tx, _ = make_optimizer(config, 10, params)
     grads = jax.tree.map(lambda x: jax.random.normal(jax.random.key(0), x.shape), params)
     updates, _ = tx.update(grads, tx.init(params), params)

@@ -12,10 +12,12 @@ import pytest
 
 from jaxpost import train
 from jaxpost.algos.sft import SFT
-from jaxpost.build import _state_shardings, build_model, load_weights
+from jaxpost.build import _state_shardings, build_job, build_model, load_weights
 from jaxpost.errors import ConfigError
+from jaxpost.metrics import Sinks
 from jaxpost.models.loading import ModelConfig
 from jaxpost.optim import OptimConfig, make_optimizer
+from jaxpost.rundir import RunLock
 from jaxpost.sharding import MeshConfig
 from tests import tiny
 
@@ -76,6 +78,17 @@ def test_it_learns_and_resumes_bit_for_bit(tmp_path, name):
     moments = {x.dtype.name for x in jax.tree.leaves(resumed.opt_state) if x.ndim}
     assert ("bfloat16" in moments) == ("first_moment_dtype" in RUNS[name]["optim"])
     assert ("policy" in resumed.slow) == ("ema_decay" in RUNS[name].get("algorithm", {}))
+
+
+def test_noise_is_drawn_where_the_config_asks_for_it(tmp_path):
+    """Not by a plain run, whose program has no random numbers at all."""
+    for alpha in (0.0, 5.0):
+        config = tiny.load(tmp_path / str(alpha), [f"model.source={SMALL}", f"algorithm.neftune_alpha={alpha}"])
+        with RunLock(config.run_dir), Sinks(config.run_dir, config.metrics) as sinks:
+            job = build_job(config, sinks, devices=jax.devices()[:1])
+            program = str(jax.make_jaxpr(job.train_step)(job.state, job.frozen, next(job.source)))
+            job.source.close()
+        assert ("random_bits" in program) == (alpha > 0)
 
 
 def test_fp32_masters_keep_the_small_updates_that_bf16_weights_would_lose(tmp_path):
