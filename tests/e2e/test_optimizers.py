@@ -31,6 +31,7 @@ RUNS = {  # every optimiser once, every knob at least once
         "algorithm": {"neftune_alpha": 5.0, "ema_decay": 0.9},
         "loop": {"micro_batches": 2, "eval_first": True},
         "data": {"seq_len": 32},
+        "eval": {"metric": "exact_match", "max_new_tokens": 3},
     },
     "adafactor": {"optim": {"learning_rate": 0.01, "lora_plus_ratio": 4.0}, "lora": LORA},
     "lion": {"optim": {"learning_rate": 1e-3, "first_moment_dtype": "bfloat16", "freeze": ["embed"]}},
@@ -68,6 +69,8 @@ def test_it_learns_and_resumes_bit_for_bit(tmp_path, name):
     if whole.slow:  # the average starts as a copy and lags behind
         plain, averaged = (tiny.metric(config.run_dir, f"eval/{name}loss") for name in ("", "ema/"))
         assert averaged[0] == plain[0] and plain[1] < averaged[1] < averaged[0]
+        assert len(tiny.metric(config.run_dir, "eval/ema/exact_match")) == 2
+        assert len(list(pathlib.Path(config.run_dir, "samples").iterdir())) == 2  # of the weights themselves
     folder = pathlib.Path(config.run_dir, "checkpoints")
     shutil.rmtree(folder / "4")
     (folder / "LATEST").write_text("2\n")
