@@ -28,13 +28,14 @@ from jaxpost.data.sources import SourceConfig, open_source
 from jaxpost.errors import CheckpointError, ConfigError
 from jaxpost.evals import metrics as task_metrics
 from jaxpost.evals.run import Evaluator, Task, make_eval_step
+from jaxpost.leaves import dotted
 from jaxpost.loop import Job
 from jaxpost.models import decoder
 from jaxpost.models.loading import Located, ModelConfig, content_hash, load_params, locate
 from jaxpost.models.policy import Policy
 from jaxpost.models.sampler import Sampler
 from jaxpost.models.spec import FORMAT, abstract_params, num_params
-from jaxpost.optim import dotted, make_optimizer, trainable_mask
+from jaxpost.optim import make_optimizer, trainable_mask
 from jaxpost.sharding import MeshConfig, Rules, check_divides, host_rows, make_mesh, rules_for, tree_shardings
 from jaxpost.step import init_state, make_step
 from jaxpost.types import Stream, TrainState
@@ -85,15 +86,18 @@ def build_model(
     return Model(located, tokenizer, Policy(spec, options, adapters), rules, jnp.dtype(config.param_dtype))
 
 
-def open_model(source: str) -> tuple[Model, Any, Any]:
-    """(model, base weights, adapters or None) of a run directory or a model source, on one device: to sample from."""
+def open_model(source: str, weights: str = "policy") -> tuple[Model, Any, Any]:
+    """(model, base weights, adapters or None) of a run directory or a model source, on one device: to sample from.
+
+    weights: of a run, see load_run.
+    """
     run = source.removeprefix("ckpt:")
     if source.startswith("ckpt:") or (pathlib.Path(source) / "config.yaml").is_file():
         located = locate(f"ckpt:{run}")
         saved = load_saved(located.path)
         config = dataclasses.replace(saved.model, source=f"ckpt:{run}")
         model = build_model(config, MeshConfig(data=1), saved.lora, jax.devices()[:1])
-        base, trained = load_run(model, saved, located)
+        base, trained = load_run(model, saved, located, weights)
         return (model, trained, None) if base is None else (model, base, trained)
     model = build_model(ModelConfig(source=source), MeshConfig(data=1), None, jax.devices()[:1])
     return model, load_weights(model), None
@@ -110,8 +114,11 @@ def load_weights(model: Model, located: Located | None = None) -> Any:
     return jax.tree.map(lambda x: x.astype(model.param_dtype), weights)
 
 
-def load_run(model: Model, saved: Config, located: Located) -> tuple[Any, Any]:
-    """(base, adapters) of a run trained with LoRA, (None, weights) of one trained in full."""
+def load_run(model: Model, saved: Config, located: Located, weights: str = "policy") -> tuple[Any, Any]:
+    """(base, adapters) of a run trained with LoRA, (None, weights) of one trained in full.
+
+    weights: "policy", or "ema" for their average, in the dtype of the policy; CheckpointError where the run has none.
+    """
     checkpointer = Checkpointer(located.path, saved.checkpoint)
     step = checkpointer.latest() if located.step is None else located.step
     if step is None:
@@ -124,7 +131,13 @@ def load_run(model: Model, saved: Config, located: Located) -> tuple[Any, Any]:
         infos = abstract_params(located.spec, jnp.dtype(saved.model.param_dtype))
     else:
         infos = lora.abstract_adapters(saved.lora, located.spec)
-    trained = checkpointer.restore_params(step, {"policy": _structs(infos, model.rules)})["policy"]
+    wanted = {"policy": _structs(infos, model.rules)}
+    if weights == "policy":
+        trained = checkpointer.restore_params(step, wanted)["policy"]
+    else:
+        wide = jax.tree.map(lambda x: x.update(dtype=jnp.float32), wanted)
+        slow = checkpointer.restore_params(step, wide, part="slow")
+        trained = jax.tree.map(lambda x, as_trained: x.astype(as_trained.dtype), slow, wanted)["policy"]
     return (None if saved.lora is None else load_weights(model, located.base)), trained
 
 
@@ -182,7 +195,7 @@ def build_job(
         source.restore(position, allow_changed)
         sinks.truncate(int(state.step))
         sinks.event(f"resumed at step {int(state.step)} of {total_steps}")
-    stochastic = config.lora is not None and config.lora.dropout > 0
+    stochastic = algorithm.stochastic or (config.lora is not None and config.lora.dropout > 0)
     train_step = make_step(
         algorithm,
         policy,
@@ -233,6 +246,7 @@ def build_evaluator(
         report=sinks.event,
         writes=jax.process_index() == 0,
         seed=config.seed,
+        averaged="policy" in config.algorithm.slow and config.algorithm.slow["policy"].decay is not None,
     )
 
 
@@ -276,15 +290,21 @@ def _adapters(config: Config, model: Model) -> dict[str, Any]:
 
 
 def _state_shardings(params: Any, tx: optax.GradientTransformation, algorithm: Any, rules: Rules) -> TrainState:
-    """Moments and slow copies lie as their parameters do; counters are everywhere."""
+    """Moments and slow copies lie as their parameters do, factored moments (updates.py) as far as they reach; counters
+    are everywhere."""
     whole = NamedSharding(rules.mesh, PartitionSpec())
     placed = jax.tree.map(lambda x: x.sharding, params)
-    known = {dotted(path): where for path, where in jax.tree_util.tree_flatten_with_path(placed)[0]}
+    known = {dotted(path): x for path, x in jax.tree_util.tree_flatten_with_path(params)[0]}
 
     def place(path: tuple, leaf: Any) -> NamedSharding:
-        """A leaf whose path ends like a parameter's is a moment of it."""
+        """A leaf whose path ends like a parameter's is a moment of it; a dimension that was averaged away is whole."""
         names = (dotted(path[i:]) for i in range(len(path)))
-        return next((known[name] for name in names if name in known), whole)
+        param = next((known[name] for name in names if name in known), None)
+        if param is None or leaf.shape == param.shape:
+            return whole if param is None else param.sharding
+        spec = (*param.sharding.spec, *(None,) * leaf.ndim)
+        reaches = (axis if mine == its else None for axis, mine, its in zip(spec, leaf.shape, param.shape))
+        return NamedSharding(rules.mesh, PartitionSpec(*reaches))
 
     abstract = jax.eval_shape(lambda p: init_state(p, tx, algorithm.slow), params)
     return TrainState(

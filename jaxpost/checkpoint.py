@@ -28,7 +28,7 @@ from absl import logging
 from jaxpost import manifest
 from jaxpost.errors import CheckpointError
 from jaxpost.fields import SECTION, Bool, PosInt
-from jaxpost.optim import dotted
+from jaxpost.leaves import dotted
 from jaxpost.types import Tree
 
 _TRASH = ".trash"
@@ -246,11 +246,11 @@ class Checkpointer:
         return state, self._json(step, "source"), self.meta(step)
 
     def restore_params(
-        self, step: int, abstract_params: dict[str, Tree], *, allow_fallback: bool = False
+        self, step: int, abstract_params: dict[str, Tree], *, part: str = "params", allow_fallback: bool = False
     ) -> dict[str, Tree]:
-        """Only params (role -> tree): what generate, evaluate and export read of a run."""
+        """Only params, or slow (role -> tree): what generate, evaluate and export read of a run."""
         step = self._sound(step, allow_fallback)
-        wanted = {f"params.{name}": leaf for name, leaf in _named_leaves(abstract_params).items()}
+        wanted = {f"{part}.{name}": leaf for name, leaf in _named_leaves(abstract_params).items()}
         return self._arrays(step, abstract_params, wanted, exact=False)
 
     def _sound(self, step: int, allow_fallback: bool) -> int:

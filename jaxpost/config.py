@@ -86,6 +86,8 @@ class Config:
         looks |= {"eval.samples": self.eval.samples}
         if (asked := [key for key, value in looks.items() if value]) and not (self.data.eval or self.eval.tasks):
             raise ValueError(f"{asked[0]}: there is nothing to evaluate; give data.eval or eval.tasks")
+        if self.optim.lora_plus_ratio is not None and self.lora is None:
+            raise ValueError("optim.lora_plus_ratio: it is for adapters; give a lora section or leave it out")
         if self.eval.metric is not None and not self.data.eval:
             raise ValueError("eval.metric: it scores answers to the prompts of data.eval, and there is none")
         if self.data.batch_size % self.loop.micro_batches:

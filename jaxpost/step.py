@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -15,12 +16,19 @@ COUNTERS = ("skipped_steps", "skipped_in_a_row", "most_skipped_in_a_row")
 
 
 def init_state(params: dict, tx: optax.GradientTransformation, slow: dict) -> TrainState:
-    """A state at step 0. slow: role -> rule; each slow copy starts as a copy of the role's weights."""
+    """A state at step 0. slow: role -> SlowRule; each slow copy starts as a copy of the role's weights.
+
+    An average is fp32 whatever the weights are: it moves by less than bf16 can hold.
+    """
+
+    def copy(rule: Any, x: Array) -> Array:
+        return jnp.copy(x) if rule.decay is None else jnp.copy(x).astype(jnp.float32)
+
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
         opt_state=tx.init(params),
-        slow={role: jax.tree.map(jnp.copy, params[role]) for role in slow},
+        slow={role: jax.tree.map(partial(copy, rule), params[role]) for role, rule in slow.items()},
         scalars={name: jnp.zeros((), jnp.int32) for name in COUNTERS},
     )
 
@@ -115,5 +123,5 @@ def _keep_if(good: Array, new: Any, old: Any) -> Any:
 def _move(rule: Any, slow: Any, params: Any, step: Array) -> Any:
     """A slow copy after one step: an EMA, or a copy every k steps (see SlowRule)."""
     if rule.decay is not None:
-        return jax.tree.map(lambda s, p: rule.decay * s + (1 - rule.decay) * p, slow, params)
+        return jax.tree.map(lambda s, p: rule.decay * s + (1 - rule.decay) * p.astype(s.dtype), slow, params)
     return jax.tree.map(lambda s, p: jnp.where(step % rule.every == 0, p, s), slow, params)

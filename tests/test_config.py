@@ -108,7 +108,11 @@ CASES = [
     ("output_dir=1", "output_dir: unknown key; did you mean run_dir? (command line)"),
     ("data.train.0.sorce=x", "data.train.0.sorce: unknown key; did you mean data.train.0.source? (command line)"),
     ("algorithm.knd=x", "algorithm.knd: unknown key; did you mean algorithm.kind? (command line)"),
-    ("algorithm.zzz=1", "algorithm.zzz: unknown key; known here: name, kind, normalise, constant (command line)"),
+    ("algorithm.zzz=1", "algorithm.zzz: unknown key; known here: name, kind, normalise, constant, "),
+    ("optim.momentum=0.9", "optim.momentum: used by lion, muon, sgd, not by adamw (command line)"),
+    ("optim.groups.0.match=(", "optim.groups.0.match: '(' is not a regular expression"),
+    ("optim.groups=[{match: q, layers: '3'}]", "optim.groups.0.layers: '3' is not a range of layers such as '15:'"),
+    ("algorithm.ema_decay=1.0", "algorithm.ema_decay: must be below 1"),
     ("model.source=", "model.source: must be text, not null (command line)"),
     ("loop.steps=abc", "loop.steps: must be an integer, not 'abc' (command line)"),
     ("loop.steps=1.0", "loop.steps: must be an integer, not 1.0 (command line)"),
@@ -246,6 +250,12 @@ def test_a_field_newer_than_the_run_counts_as_its_default(tmp_path, file):
     changed = config.load(file, ["optim.min_lr_ratio=0.5"]).config
     with pytest.raises(CheckpointError, match="optim.min_lr_ratio: 0.0 -> 0.5"):
         config.check_resume(saved, changed)
+
+
+def test_lora_plus_needs_adapters(file):
+    assert config.load(file, ["optim.lora_plus_ratio=16"]).config.optim.lora_plus_ratio == 16
+    text = message(file, "optim.lora_plus_ratio=16", "lora=null")
+    assert text.startswith("optim.lora_plus_ratio: it is for adapters")
 
 
 def test_diff_by_hand():

@@ -28,7 +28,9 @@ def filled(infos: dict, seed: int) -> dict:
     return jax.tree.map(draw, infos, is_leaf=is_info)
 
 
-def make_run(folder: pathlib.Path, adapter: dict | None, steps: tuple[int, ...] = (3, 5)) -> tuple[str, dict]:
+def make_run(
+    folder: pathlib.Path, adapter: dict | None, steps: tuple[int, ...] = (3, 5), averaged: bool = False
+) -> tuple[str, dict]:
     """(run directory, trained weights of the newest step) of a run as train.py leaves it."""
     loaded = config.load(tiny.write_config(folder, **({"lora": adapter} if adapter else {})))
     run_dir = pathlib.Path(loaded.config.run_dir)
@@ -38,7 +40,8 @@ def make_run(folder: pathlib.Path, adapter: dict | None, steps: tuple[int, ...] 
     infos = lora.abstract_adapters(section, BASE.spec) if section else abstract_params(BASE.spec)
     for step in steps:
         trained = filled(infos, seed=step)
-        state = TrainState(step=jnp.int32(step), params={"policy": trained}, opt_state={})
+        slow = {"policy": filled(infos, seed=-step % 100)} if averaged else {}
+        state = TrainState(step=jnp.int32(step), params={"policy": trained}, opt_state={}, slow=slow)
         with Checkpointer(run_dir, loaded.config.checkpoint) as checkpointer:
             checkpointer.save(step, state, {}, {"format": 1, "weights": content_hash(BASE)})
     return str(run_dir), trained if steps else {}
@@ -94,6 +97,19 @@ def test_adapters_alone_and_an_older_step(adapter_run, tmp_path):
     _, older = peft.load_peft(tmp_path / "three", BASE.spec)
     wanted = filled(lora.abstract_adapters(lora.LoraConfig(**ADAPTER), BASE.spec), seed=3)
     assert equal(older, jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(jnp.float32), wanted))
+
+
+def test_averaged_weights(full_run, tmp_path, capsys):
+    run_dir, _ = make_run(tmp_path / "full", None, averaged=True)
+    assert command(run_dir, "--weights=ema") == 0
+    folder = pathlib.Path(run_dir, "export", "hf-ema")
+    assert capsys.readouterr().out == f"written: {folder}\n"
+    assert equal(hf.load_hf(folder, jnp.float32), filled(abstract_params(BASE.spec), seed=95))
+    run_dir, _ = make_run(tmp_path / "adapter", ADAPTER, averaged=True)
+    section, found = peft.load_peft(export.export(run_dir, "peft", weights="ema", step=3), BASE.spec)
+    assert equal(found, filled(lora.abstract_adapters(section, BASE.spec), seed=97))
+    assert command(full_run[0], "--weights=ema") == 4
+    assert "keeps no averaged weights; it was trained without algorithm.ema_decay" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

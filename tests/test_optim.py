@@ -159,6 +159,46 @@ def test_updates_that_bf16_weights_would_lose_are_refused():
     make_optimizer(OptimConfig(learning_rate=1e-6), 10, params())
 
 
+@pytest.mark.parametrize(
+    ("given", "lost"),
+    [
+        ({"name": "lion", "learning_rate": 2e-5}, "updates of 2e-05 vanish in bfloat16 weights such as policy.blocks"),
+        ({"name": "adafactor", "learning_rate": 4e-5}, None),
+        ({"name": "muon", "learning_rate": 1e-4}, r"updates of 2e-05 vanish .* such as policy.blocks.0.attn.q \("),
+        ({"name": "muon", "learning_rate": 2e-4}, None),
+        ({"name": "sgd", "learning_rate": 1.0}, "optim.name: sgd's updates are as small as its gradients"),
+        ({"learning_rate": 1e-4, "lr_layer_decay": 0.3}, "updates of 9e-06 vanish in .*attn.q "),
+        ({"learning_rate": 1e-4, "groups": ({"match": "attn", "layers": ":1", "lr_multiplier": 0.0},)}, None),
+        ({"learning_rate": 1e-6, "freeze": ("attn", "norm", "embed"), "name": "sgd"}, "nothing to train"),
+    ],
+)
+def test_what_bf16_weights_lose_depends_on_the_optimiser_and_on_factors(given, lost):
+    make = lambda: make_optimizer(OptimConfig(schedule="constant", **given), 10, params(jnp.bfloat16))
+    if lost is None:
+        make()
+    else:
+        with pytest.raises(ConfigError, match=lost):
+            make()
+
+
+UNREAD = [
+    ({"name": "adafactor", "b1": 0.8}, "optim.b1: used by adamw, lion, muon, not by adafactor"),
+    ({"name": "adafactor", "first_moment_dtype": "bfloat16"}, "optim.first_moment_dtype: used by"),
+    ({"name": "lion", "b2": 0.99}, "optim.b2: used by adamw, muon, not by lion; its beta2 is optim.momentum"),
+    ({"name": "lion", "eps": 1e-6}, "optim.eps: used by adamw, muon, not by lion"),
+    ({"name": "sgd", "b1": 0.8}, "optim.b1: used by"),
+    ({"name": "sgd", "first_moment_dtype": "bfloat16"}, "sgd without optim.momentum keeps no moment"),
+    ({"name": "adamw", "momentum": 0.0}, "optim.momentum: used by lion, muon, sgd, not by adamw"),
+    ({"name": "muon", "momentum": 1.0}, "must be below 1"),
+]
+
+
+@pytest.mark.parametrize(("given", "message"), UNREAD)
+def test_a_field_that_the_optimiser_does_not_read_is_refused(given, message):
+    with pytest.raises(pydantic.ValidationError, match=message):
+        OptimConfig(**given)
+
+
 def test_abstract_parameters_are_enough():
     abstract = jax.eval_shape(params)
     tx, schedule = make_optimizer(OptimConfig(freeze=("embed",)), 10, abstract)

@@ -62,7 +62,8 @@ class Algorithm(abc.ABC):
 
     trains: ClassVar[tuple[str, ...]] = ("policy",)
     needs: ClassVar[tuple[str, ...]] = ()  # frozen roles besides a LoRA base
-    slow: ClassVar[dict[str, SlowRule]] = {}
+    slow: ClassVar[dict[str, SlowRule]] = {}  # or a property, where the config decides
+    stochastic: ClassVar[bool] = False  # the loss draws from its rng; likewise
     name: str
 
     @abc.abstractmethod

@@ -7,8 +7,8 @@ from typing import Literal
 from pydantic import model_validator
 from pydantic.dataclasses import dataclass
 
-from jaxpost.algos.base import Algorithm, Context, Normalise, Source, token_weights
-from jaxpost.fields import SECTION, PosFloat
+from jaxpost.algos.base import Algorithm, Context, Normalise, SlowRule, Source, token_weights
+from jaxpost.fields import SECTION, NonNegFloat, PosFloat
 from jaxpost.losses.sft import sft_loss
 from jaxpost.types import weighted_mean
 
@@ -21,12 +21,26 @@ class SFT(Algorithm):
     kind: Literal["nll", "dft"] = "nll"  # dft: 2508.05629
     normalise: Normalise = "token"  # what every trainable token's loss is divided by
     constant: PosFloat | None = None  # the divisor of normalise: constant
+    neftune_alpha: NonNegFloat = 0.0  # strength of uniform noise on embeddings in training (2310.05914); 5 is usual
+    ema_decay: PosFloat | None = None  # below 1: also keep averaged weights, in evaluation under eval/ema/
 
     @model_validator(mode="after")
-    def _constant_goes_with_its_rule(self):
+    def _check(self):
         if (self.normalise == "constant") != (self.constant is not None):
             raise ValueError("constant: give it with normalise: constant, and only then")
+        if self.ema_decay is not None and self.ema_decay >= 1:
+            raise ValueError("ema_decay: must be below 1")
         return self
+
+    @property
+    def slow(self) -> dict[str, SlowRule]:
+        """The averaged policy, where there is one."""
+        return {} if self.ema_decay is None else {"policy": SlowRule("policy", decay=self.ema_decay)}
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether noise is drawn."""
+        return self.neftune_alpha > 0
 
     def source(self, ctx: Context) -> Source:
         """Packed rows."""
@@ -39,7 +53,8 @@ class SFT(Algorithm):
 
     def loss(self, apply, params, frozen, batch, rng):
         """sum of weights * nll (or dft), with entropy and accuracy under the same weights."""
-        logprobs, entropy, correct = apply.target_stats(apply.join(params, frozen, "policy"), batch, rng=rng)
+        weights = apply.join(params, frozen, "policy")
+        logprobs, entropy, correct = apply.target_stats(weights, batch, rng=rng, embed_noise=self.neftune_alpha)
         loss, _ = sft_loss(logprobs, batch.weights, kind=self.kind)
         return loss, {
             "nll": weighted_mean(-logprobs, batch.weights),

@@ -93,12 +93,22 @@ class Evaluator:
         report: Callable[[str], None],
         writes: bool,
         seed: int,
+        averaged: bool = False,
     ):
         self._config, self._batches, self._eval_step = config, batches, eval_step
         self._sampler, self._tasks, self._decode = sampler, tasks, decode
         self._folder, self._report, self._writes, self._seed = folder, report, writes, seed
+        self._averaged = averaged
 
     def __call__(self, step: int, state: TrainState, frozen: Frozen) -> dict[str, float]:
+        values = self._look(step, state, frozen)
+        if self._averaged:  # state.slow is an EMA of the policy: the same figures under eval/ema/, without samples
+            ema = state.replace(params=state.params | {"policy": state.slow["policy"]})
+            values |= {f"ema/{name}": value for name, value in self._look(None, ema, frozen).items()}
+        return {f"eval/{name}": value for name, value in values.items()}
+
+    def _look(self, step: int | None, state: TrainState, frozen: Frozen) -> dict[str, float]:
+        """Held-out metrics and task scores; samples are shown and written where a step is given."""
         values = self._held_out(state, frozen)
         if self._tasks:
             if "policy" in frozen:
@@ -106,9 +116,10 @@ class Evaluator:
             else:
                 self._sampler.load(state.params["policy"])
             for place, task in enumerate(self._tasks):
-                values |= self._run_task(step, task, show=self._config.samples if place == 0 else 0)
+                if step is not None or task.score is not None:
+                    values |= self._run_task(step, task, show=self._config.samples if place == 0 else 0)
             self._sampler.unload()  # training needs the memory
-        return {f"eval/{name}": value for name, value in values.items()}
+        return values
 
     def _held_out(self, state: TrainState, frozen: Frozen) -> dict[str, float]:
         total = None
@@ -123,7 +134,7 @@ class Evaluator:
             values["perplexity"] = math.exp(min(values["loss"], 700.0))
         return values
 
-    def _run_task(self, step: int, task: Task, show: int) -> dict[str, float]:
+    def _run_task(self, step: int | None, task: Task, show: int) -> dict[str, float]:
         sampling = Sampling(max_new_tokens=task.max_new_tokens, temperature=self._config.temperature)
         completions = self._sampler.generate(task.prompts, sampling, seed=self._seed)
         records, scores = [], []
@@ -135,12 +146,12 @@ class Evaluator:
                 {"task": task.name, "asked": question.last, "completion": text, "score": score,
                  "reference": question.answer, "stop_reason": completion.stop_reason}
             )  # fmt: skip
-        for record in records[:show]:
+        for record in records[: show if step is not None else 0]:
             mark = "" if record["score"] is None else f"  (score {record['score']:g})"
             self._report(
                 f"step {step} sample{mark}: {_one_line(record['asked'])}\n  -> {_one_line(record['completion'])}"
             )
-        if self._writes:
+        if self._writes and step is not None:
             self._folder.mkdir(parents=True, exist_ok=True)
             with (self._folder / f"{step:08d}-{task.name}.jsonl").open("w", encoding="utf-8") as file:
                 file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)

@@ -12,6 +12,7 @@ from jax.ad_checkpoint import checkpoint_policies
 
 from jaxpost.models.spec import DecoderSpec, LayerKind
 from jaxpost.ops.attention import attention
+from jaxpost.ops.noise import neftune_noise
 from jaxpost.ops.norm import rms_norm
 from jaxpost.ops.proj import proj
 from jaxpost.ops.rope import cos_sin, rotate
@@ -64,6 +65,7 @@ def apply(
     rng: jax.Array | None = None,
     taps: tuple[int, ...] = (),
     soft_tokens: tuple[jax.Array, jax.Array] | None = None,
+    embed_noise: float = 0.0,
     options: Options = Options(),
 ) -> tuple[jax.Array, dict | None, dict]:
     """Hidden states after the final norm, [B,T,D] in options.dtype; the updated cache; aux.
@@ -71,13 +73,18 @@ def apply(
     tokens, positions, segments: i32[B,T]. Without a cache, attention is causal inside each segment of a row (0 =
     padding). With one, a row is one sequence whose keys live at their positions; segments are then not used, a
     position at or past the cache's length is not stored, and a token sees the slots up to its own position.
-    rng: keys dropout, None is deterministic. taps: layers whose output comes back as aux["taps"][layer] [B,T,D].
-    soft_tokens: (vectors [B,N,D], places i32[B,N]): vectors that stand in for the embeddings at those places of each
-    row (a place outside 0..T-1 is ignored): the door for other modalities.
+    rng: keys dropout and noise, None is deterministic. embed_noise: NEFTune's alpha, see ops/noise.py. taps: layers
+    whose output comes back as aux["taps"][layer] [B,T,D]. soft_tokens: (vectors [B,N,D], places i32[B,N]): vectors that
+    stand in for the embeddings at those places of each row (a place outside 0..T-1 is ignored): the door for other
+    modalities; they get no noise.
     """
     if unknown := [t for t in taps if not 0 <= t < spec.num_layers]:
         raise ValueError(f"taps: layer {unknown[0]} of a model with {spec.num_layers} layers")
     x = params["embed"][tokens].astype(options.dtype)
+    if embed_noise and rng is not None:
+        whole = jnp.ones_like(tokens) if segments is None else segments
+        key = _fold(rng, spec.num_layers)  # the layers take the numbers below
+        x = x + neftune_noise(key, whole, spec.d_model, embed_noise).astype(x.dtype)
     if soft_tokens is not None:
         vectors, places = soft_tokens
         places = jnp.where(places < 0, tokens.shape[1], places)  # a negative index would wrap around

@@ -38,13 +38,20 @@ class Policy:
         return lora.join(frozen[role], params[role], self.adapters)
 
     def target_stats(
-        self, weights: Any, batch: Batch, *, temperature: float = 1.0, rng: jax.Array | None = None
+        self,
+        weights: Any,
+        batch: Batch,
+        *,
+        temperature: float = 1.0,
+        rng: jax.Array | None = None,
+        embed_noise: float = 0.0,
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Of each target: logprob, entropy of its distribution (nats), and 1 where it is the most likely token.
 
-        f32[B,T] each, 0 where batch.mask is False. rng keys dropout; None is deterministic.
+        f32[B,T] each, 0 where batch.mask is False. rng keys dropout and embed_noise (NEFTune's alpha); None is
+        deterministic.
         """
-        hidden, _, _ = self(weights, batch.tokens, batch.positions, batch.segments, rng=rng)
+        hidden, _, _ = self(weights, batch.tokens, batch.positions, batch.segments, rng=rng, embed_noise=embed_noise)
         rules = self.options.rules
         sharded = rules is not None and rules.mesh.size > 1
         tokens = ("batch", "length")

@@ -27,10 +27,10 @@ def curve(folder, mesh, devices, **sections):
     ("sections", "mesh"),
     [
         ({}, MESH),
-        ({"lora": {"rank": 4, "alpha": 8.0}}, MESH),
+        ({"lora": {"rank": 4, "alpha": 8.0}, "algorithm": {"neftune_alpha": 5.0}}, MESH),
         ({"model": ODD_VOCABULARY}, {"data": 2, "tensor": 4}),
     ],
-    ids=["full", "lora", "odd vocabulary"],
+    ids=["full", "lora and noise", "odd vocabulary"],
 )
 def test_one_device_equals_eight(tmp_path, sections, mesh):
     alone = curve(tmp_path / "one", {"data": 1}, jax.devices()[:1], **sections)
