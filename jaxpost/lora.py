@@ -10,9 +10,11 @@ state and its checkpoint are the adapters alone. Rank 0 is the empty tree: joine
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import math
 import re
+from collections.abc import Collection
 from functools import partial
 from typing import Any
 
@@ -22,7 +24,7 @@ import numpy as np
 import pydantic
 
 from jaxpost.errors import ConfigError
-from jaxpost.fields import SECTION, Bool, Fraction, NonNegInt, PosFloat, Str
+from jaxpost.fields import SECTION, Bool, Fraction, NonEmptyStr, NonNegInt, PosFloat, Str
 from jaxpost.models.spec import DecoderSpec, ParamInfo, abstract_params, init_params
 from jaxpost.ops.proj import Lora
 from jaxpost.types import Array, Tree
@@ -41,6 +43,7 @@ class LoraConfig:
     dropout: Fraction = 0.0  # on the adapter's input, in training only
     targets: tuple[Str, ...] = tuple(TARGETS)  # projections, the same in every layer
     layers: Str | None = None  # "15:" or "0:10", as Python slices the layers; None: all of them
+    source: NonEmptyStr | None = None  # folder of a PEFT adapter to start from: all but source and dropout are then its
 
     @pydantic.model_validator(mode="after")
     def _check(self) -> LoraConfig:
@@ -72,6 +75,26 @@ def adapted_layers(config: LoraConfig, spec: DecoderSpec) -> range:
     if not found:
         raise ConfigError(f"lora.layers: {config.layers!r} holds none of the model's {spec.num_layers} layers")
     return found
+
+
+def adopt(
+    config: LoraConfig, found: LoraConfig, spec: DecoderSpec, written: Collection[str] | None = None
+) -> LoraConfig:
+    """config as the adapter in config.source has it (`found`); source and dropout stay this run's own.
+
+    written: names of the fields that the user wrote; None: those that differ from their defaults. ConfigError where a
+    written one contradicts the adapter.
+    """
+    if written is None:
+        written = [f.name for f in dataclasses.fields(LoraConfig) if getattr(config, f.name) != f.default]
+    for name in written:
+        if name not in ("source", "dropout") and _meaning(name, config, spec) != _meaning(name, found, spec):
+            mine, theirs = _plain(getattr(config, name)), _plain(getattr(found, name))
+            raise ConfigError(
+                f"lora.{name}: {mine} here, {theirs} in the adapter {config.source}; leave lora.{name} out, or set it "
+                "to the adapter's"
+            )
+    return dataclasses.replace(found, source=config.source, dropout=config.dropout)
 
 
 def abstract_adapters(config: LoraConfig, spec: DecoderSpec) -> dict:
@@ -132,6 +155,18 @@ def layer_pairs(adapters: Tree, spec: DecoderSpec, layer: int) -> dict[str, dict
         for group in groups.values()
         for name, pair in group.items()
     }
+
+
+def _meaning(name: str, config: LoraConfig, spec: DecoderSpec) -> Any:
+    """A field's value, equal where two ways of writing it say the same."""
+    if name == "layers":
+        return adapted_layers(config, spec)
+    value = getattr(config, name)
+    return set(value) if isinstance(value, tuple) else value
+
+
+def _plain(value: Any) -> str:
+    return f"[{', '.join(value)}]" if isinstance(value, tuple) else "null" if value is None else str(value)
 
 
 def _clear(rows: Any, x: Array) -> Array:

@@ -129,7 +129,31 @@ def load_peft(
     Targets and layers follow from the tensors in the file. Raises ConfigError for options and adapters that we do not
     compute, CheckpointError for missing or damaged files and for weights that do not fit the model.
     """
-    folder = pathlib.Path(folder)
+    config, placed, infos = _plan(pathlib.Path(folder), spec, family)
+    shapes = jax.tree.map(lambda info: info.struct, abstract_adapters(config, spec), is_leaf=is_info)
+    adapters = jax.tree.map(lambda struct: np.zeros(struct.shape, np.float32), shapes)
+    for (layer, target), names in placed.items():
+        slot = spec.locate(layer)
+        pair = adapters[slot.part][slot.key][TARGETS[target]][target]
+        for half, name in names.items():
+            pair[half][... if slot.repeat is None else slot.repeat] = infos[name].view(name).T
+    return config, adapters
+
+
+def peft_config(folder: str | os.PathLike, spec: DecoderSpec, *, family: ModuleType = llama) -> LoraConfig:
+    """The LoraConfig of load_peft, without reading the weights; refuses what load_peft refuses."""
+    return _plan(pathlib.Path(folder), spec, family)[0]
+
+
+def hash_peft(folder: str | os.PathLike) -> str:
+    """SHA-256 of an adapter's two files."""
+    return hf.hash_files([_existing(pathlib.Path(folder) / name) for name in (CONFIG_FILE, WEIGHTS_FILE)])
+
+
+def _plan(
+    folder: pathlib.Path, spec: DecoderSpec, family: ModuleType
+) -> tuple[LoraConfig, dict[tuple[int, str], dict[str, str]], dict[str, Any]]:
+    """(config, (layer, target) -> half -> tensor name, the file's header), all checked against the model."""
     options = read_config(folder / CONFIG_FILE)
     infos = read_header(_existing(folder / WEIGHTS_FILE))
     placed: dict[tuple[int, str], dict[str, str]] = {}  # (layer, target) -> {"a": tensor name, "b": ..}
@@ -152,13 +176,7 @@ def load_peft(
             wanted = shapes[slot.part][slot.key][TARGETS[target]][target][half].shape[:-3:-1]  # transposed, no stack
             if infos[name].shape != wanted:
                 raise CheckpointError(f"{folder}: {name} is {infos[name].shape}, the model and r need {wanted}")
-    adapters = jax.tree.map(lambda struct: np.zeros(struct.shape, np.float32), shapes)
-    for (layer, target), names in placed.items():
-        slot = spec.locate(layer)
-        pair = adapters[slot.part][slot.key][TARGETS[target]][target]
-        for half, name in names.items():
-            pair[half][... if slot.repeat is None else slot.repeat] = infos[name].view(name).T
-    return config, adapters
+    return config, placed, infos
 
 
 def read_config(file: pathlib.Path) -> dict[str, Any]:
@@ -205,6 +223,10 @@ def _config(folder: pathlib.Path, options: dict, placed: dict, spec: DecoderSpec
     first, last = layers[0], layers[-1]
     if last - first + 1 != len(layers):
         raise ConfigError(f"{folder}: adapters on layers {layers} are not supported, only on one range of layers")
+    everywhere = isinstance(wanted, list) and not any("." in name for name in wanted)
+    everywhere = everywhere and not options.get("layers_to_transform") and not options.get("exclude_modules")
+    if everywhere and len(layers) < spec.num_layers:
+        raise ConfigError(f"{folder}: adapters of a model with {len(layers)} layers, this one has {spec.num_layers}")
     try:
         return LoraConfig(
             rank=options["r"],
