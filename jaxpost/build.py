@@ -177,7 +177,9 @@ def build_job(
     total_steps = config.loop.steps or rows.count_batches(config.loop.epochs)
 
     base = load_weights(model)
-    params, frozen = ({"policy": base}, {}) if config.lora is None else (_adapters(config, model), {"policy": base})
+    params, frozen = (
+        ({"policy": base}, {}) if config.lora is None else (_adapters(config, model, base), {"policy": base})
+    )
     tx, schedule = make_optimizer(config.optim, total_steps, params)
     checkpointer = Checkpointer(config.run_dir, config.checkpoint)
     shardings = _state_shardings(params, tx, algorithm, rules)
@@ -290,7 +292,7 @@ def _eval_tasks(config: Config, tokenizer: Tokenizer) -> list[Task]:
     return built
 
 
-def _adapters(config: Config, model: Model) -> dict[str, Any]:
+def _adapters(config: Config, model: Model, base: Any) -> dict[str, Any]:
     """New adapters, or those of lora.source, on the mesh."""
     infos = lora.abstract_adapters(config.lora, model.located.spec)
     shardings = tree_shardings(infos, model.rules)
@@ -303,10 +305,10 @@ def _adapters(config: Config, model: Model) -> dict[str, Any]:
         return {"policy": jax.jit(lambda tree: jax.tree.map(jnp.copy, tree), out_shardings=shardings)(placed)}
     key = jax.random.fold_in(jax.random.key(config.seed), Stream.LORA)
     init = jax.jit(
-        lambda key: lora.init_adapters(config.lora, model.located.spec, key),
+        lambda key, base: lora.init_adapters(config.lora, model.located.spec, key, base),
         out_shardings=shardings,
     )
-    return {"policy": init(key)}
+    return {"policy": init(key, base)}
 
 
 def _state_shardings(params: Any, tx: optax.GradientTransformation, algorithm: Any, rules: Rules) -> TrainState:

@@ -4,6 +4,7 @@ The adapter tree mirrors the parameter tree and holds only the projections that 
 
     {"prefix": [{..}], "blocks": {"0": {"attn": {"q": {"a": f32[R,in,r], "b": f32[R,r,out]}}}}, "tail": [{..}]}
 
+With DoRA (2402.09353) a pair has a third part, "magnitude" f32[R,out].
 ``join`` zips it with the base into Lora leaves, which the layer scan slices together; the trained tree, its optimizer
 state and its checkpoint are the adapters alone. Rank 0 is the empty tree: joined, it is the base itself.
 """
@@ -14,19 +15,18 @@ import dataclasses
 import difflib
 import math
 import re
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pydantic
 
 from jaxpost.errors import ConfigError
 from jaxpost.fields import SECTION, Bool, Fraction, NonEmptyStr, NonNegInt, PosFloat, Str
 from jaxpost.models.spec import DecoderSpec, ParamInfo, abstract_params, init_params
-from jaxpost.ops.proj import Lora
+from jaxpost.ops.proj import Lora, column_lengths, merged
 from jaxpost.types import Array, Tree
 
 # Where a target lives in a layer. Names are those of the parameter tree.
@@ -40,6 +40,7 @@ class LoraConfig:
     rank: NonNegInt = 16  # 0: no adapters, the base exactly
     alpha: PosFloat = 32.0  # the update is scaled by alpha / rank
     rslora: Bool = False  # scale by alpha / sqrt(rank) instead (2312.03732)
+    dora: Bool = False  # learn the length of each column apart from its direction (2402.09353)
     dropout: Fraction = 0.0  # on the adapter's input, in training only
     targets: tuple[Str, ...] = tuple(TARGETS)  # projections, the same in every layer
     layers: Str | None = None  # "15:" or "0:10", as Python slices the layers; None: all of them
@@ -52,6 +53,8 @@ class LoraConfig:
                 raise ValueError(f"lora.targets: no projection {name!r}, did you mean {_nearest(name)!r}?")
         if not self.targets or len(set(self.targets)) < len(self.targets):
             raise ValueError(f"lora.targets: {list(self.targets)} must name at least one projection, each once")
+        if self.dora and not self.rank:
+            raise ValueError("lora.dora: needs adapters, and lora.rank is 0; set a rank, or lora.dora to false")
         if self.dropout == 1:
             raise ValueError("lora.dropout: 1 would drop every input; use a value below 1")
         if self.layers is not None and not re.fullmatch(r"(-?\d+)?:(-?\d+)?", self.layers):
@@ -109,14 +112,17 @@ def abstract_adapters(config: LoraConfig, spec: DecoderSpec) -> dict:
     }
 
 
-def init_adapters(config: LoraConfig, spec: DecoderSpec, key: Array) -> dict:
+def init_adapters(config: LoraConfig, spec: DecoderSpec, key: Array, base: Tree | None = None) -> dict:
     """Initial fp32 adapters: a is Kaiming-uniform as in PEFT, b is zero, so the joined model equals its base.
 
-    In a layer outside config.layers a is zero too. Both gradients then vanish, whatever the loss: it never trains.
+    DoRA's magnitudes are the lengths of the columns of `base`, which it needs. In a layer outside config.layers a (and
+    magnitude) is zero too. All gradients then vanish, whatever the loss: it never trains.
     """
     adapters = init_params(abstract_adapters(config, spec), key)
     if not config.rank:
         return adapters
+    if config.dora:
+        adapters = _start(base, adapters)
     idle: dict[tuple, list] = {}  # (part, key) -> rows of the stack
     for slot in map(spec.locate, sorted(set(range(spec.num_layers)) - set(adapted_layers(config, spec)))):
         idle.setdefault(slot[:2], []).append(slot.repeat)
@@ -128,21 +134,15 @@ def init_adapters(config: LoraConfig, spec: DecoderSpec, key: Array) -> dict:
 
 def join(base: Tree, adapters: Tree, config: LoraConfig) -> Tree:
     """base's tree with a Lora leaf for every adapted projection; gradients flow to whichever argument is traced."""
-
-    def leaf(weight: Array, pair: dict) -> Lora:
-        return Lora(weight, pair["a"], pair["b"], scale=config.scale, dropout=config.dropout)
-
-    return _zip(base, adapters, leaf)
+    return _zip(base, adapters, config, lambda leaf: leaf)
 
 
 def merge(base: Tree, adapters: Tree, config: LoraConfig) -> Tree:
-    """Plain weights base + scale * a @ b, summed in fp32 and cast to the base's dtype; other leaves are passed on."""
+    """Plain weights base + scale * a @ b, with DoRA at its magnitudes, summed in fp32 and cast to the base's dtype.
 
-    def leaf(weight: Array, pair: dict) -> Array:
-        update = jnp.matmul(pair["a"], pair["b"], precision=jax.lax.Precision.HIGHEST)
-        return (jnp.asarray(weight, jnp.float32) + config.scale * update).astype(weight.dtype)
-
-    return _zip(base, adapters, leaf)
+    Other leaves are passed on.
+    """
+    return _zip(base, adapters, config, lambda leaf: merged(leaf).astype(leaf.dtype))
 
 
 def layer_pairs(adapters: Tree, spec: DecoderSpec, layer: int) -> dict[str, dict[str, np.ndarray]]:
@@ -169,6 +169,15 @@ def _plain(value: Any) -> str:
     return f"[{', '.join(value)}]" if isinstance(value, tuple) else "null" if value is None else str(value)
 
 
+def _start(base: Any, adapters: Any) -> Any:
+    """adapters with what begins as the base has it."""
+    if isinstance(adapters, list):
+        return [_start(b, a) for b, a in zip(base, adapters, strict=True)]
+    if isinstance(base, dict):
+        return {name: _start(base[name], part) for name, part in adapters.items()}
+    return adapters | {"magnitude": column_lengths(base)} if "magnitude" in adapters else adapters
+
+
 def _clear(rows: Any, x: Array) -> Array:
     return x.at[rows].set(0)
 
@@ -184,29 +193,34 @@ def _layer_infos(config: LoraConfig, layer: dict) -> dict:
 def _pair_infos(config: LoraConfig, weight: ParamInfo) -> dict[str, ParamInfo]:
     *lead, fan_in, fan_out = weight.shape
     *lead_axes, in_axis, out_axis = weight.axes
-    return {
+    infos = {
         "a": ParamInfo((*lead, fan_in, config.rank), (*lead_axes, in_axis, "rank"), "kaiming"),
         "b": ParamInfo((*lead, config.rank, fan_out), (*lead_axes, "rank", out_axis), "zeros"),
     }
+    if config.dora:
+        infos["magnitude"] = ParamInfo((*lead, fan_out), (*lead_axes, out_axis), "zeros")  # init_adapters fills it
+    return infos
 
 
-def _zip(base: Any, adapters: Any, leaf: Any, path: str = "") -> Any:
-    """base with leaf(weight, {"a", "b"}) wherever adapters has a pair; ValueError where the trees do not fit."""
+def _zip(base: Any, adapters: Any, config: LoraConfig, change: Callable[[Lora], Any], path: str = "") -> Any:
+    """base with change(Lora leaf) wherever adapters has a pair; ValueError where the trees do not fit."""
     if not isinstance(base, (dict, list)):
         if not adapters:
             return base
-        if set(adapters) != {"a", "b"} or adapters["a"].shape[:-1] != base.shape[:-1]:
+        parts = {"a", "b", "magnitude"} if config.dora else {"a", "b"}
+        if set(adapters) != parts or adapters["a"].shape[:-1] != base.shape[:-1]:
             raise ValueError(f"adapter at {path}: does not fit a weight of shape {base.shape}")
-        return leaf(base, adapters)
+        return change(Lora(base, scale=config.scale, dropout=config.dropout, **adapters))
     if not adapters:
         return base
     if isinstance(base, list):
         if len(base) != len(adapters):
             raise ValueError(f"adapters at {path}: {len(adapters)} layers for a base with {len(base)}")
-        return [_zip(b, a, leaf, f"{path}/{i}") for i, (b, a) in enumerate(zip(base, adapters, strict=True))]
+        pairs = zip(base, adapters, strict=True)
+        return [_zip(b, a, config, change, f"{path}/{i}") for i, (b, a) in enumerate(pairs)]
     if unknown := sorted(set(adapters) - set(base)):
         raise ValueError(f"adapters at {path or '/'}: the base has no {', '.join(unknown)}")
-    return {name: _zip(value, adapters.get(name), leaf, f"{path}/{name}") for name, value in base.items()}
+    return {name: _zip(value, adapters.get(name), config, change, f"{path}/{name}") for name, value in base.items()}
 
 
 def _nearest(name: str) -> str:

@@ -1,7 +1,8 @@
 """Adapters in PEFT's format: adapter_config.json and adapter_model.safetensors, out and in.
 
-PEFT keeps lora_A as [r, in] and lora_B as [out, r], the transposes of our a and b. What an adapter_config.json asks for
-beyond plain LoRA is refused by name: the loaded adapter would compute something else than it says.
+PEFT keeps lora_A as [r, in] and lora_B as [out, r], the transposes of our a and b, and DoRA's magnitudes as they are.
+What an adapter_config.json asks for beyond that is refused by name: the loaded adapter would compute something else
+than it says.
 """
 
 from __future__ import annotations
@@ -51,6 +52,7 @@ ALLOWED = {
     "peft_type": ("LORA",),
     "task_type": ("CAUSAL_LM", None),
     "bias": ("none",),
+    "use_dora": (False, True),
     # Others (pissa, olora, corda, ..) also change the base weights, which the adapter file does not hold.
     "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),
 }
@@ -85,9 +87,10 @@ def save_peft(
     tensors = {}
     for layer in adapted_layers(config, spec):
         for target, pair in layer_pairs(adapters, spec, layer).items():
-            names = _tensor_names(family, target, layer)
-            for half, name in names.items():
-                tensors[name] = np.ascontiguousarray(pair[half].T, hf.DTYPES[dtype or "float32"])
+            for part, name in _tensor_names(family, target, layer, config.dora).items():
+                if part == "magnitude" and not pair[part].all():
+                    raise ConfigError(f"{name}: has a column of length 0, by which PEFT divides; export with --to=hf")
+                tensors[name] = np.ascontiguousarray(pair[part].T, hf.DTYPES[dtype or "float32"])
     partial = len(adapted_layers(config, spec)) < spec.num_layers
     described = {
         "peft_type": "LORA",
@@ -101,7 +104,7 @@ def save_peft(
         "layers_to_transform": list(adapted_layers(config, spec)) if partial else None,
         "bias": "none",
         "modules_to_save": None,
-        "use_dora": False,
+        "use_dora": config.dora,
         "rank_pattern": {},
         "alpha_pattern": {},
         "fan_in_fan_out": False,
@@ -135,8 +138,11 @@ def load_peft(
     for (layer, target), names in placed.items():
         slot = spec.locate(layer)
         pair = adapters[slot.part][slot.key][TARGETS[target]][target]
-        for half, name in names.items():
-            pair[half][... if slot.repeat is None else slot.repeat] = infos[name].view(name).T
+        for part, name in names.items():
+            tensor = infos[name].view(name).T
+            if part == "magnitude" and not tensor.all():
+                raise ConfigError(f"{folder}: {name} has zeros, which mean no adapter here")
+            pair[part][... if slot.repeat is None else slot.repeat] = tensor
     return config, adapters
 
 
@@ -153,17 +159,17 @@ def hash_peft(folder: str | os.PathLike) -> str:
 def _plan(
     folder: pathlib.Path, spec: DecoderSpec, family: ModuleType
 ) -> tuple[LoraConfig, dict[tuple[int, str], dict[str, str]], dict[str, Any]]:
-    """(config, (layer, target) -> half -> tensor name, the file's header), all checked against the model."""
+    """(config, (layer, target) -> part -> tensor name, the file's header), all checked against the model."""
     options = read_config(folder / CONFIG_FILE)
     infos = read_header(_existing(folder / WEIGHTS_FILE))
-    placed: dict[tuple[int, str], dict[str, str]] = {}  # (layer, target) -> {"a": tensor name, "b": ..}
+    placed: dict[tuple[int, str], dict[str, str]] = {}  # (layer, target) -> part -> tensor name
     remaining = dict(infos)
     for layer in range(spec.num_layers):
         for target in TARGETS:
-            names = _tensor_names(family, target, layer)
-            found = {half: name for half, name in names.items() if remaining.pop(name, None) is not None}
-            if len(found) == 1:
-                raise CheckpointError(f"{folder}: {next(iter(found.values()))} has no partner lora_A or lora_B")
+            names = _tensor_names(family, target, layer, bool(options.get("use_dora")))
+            found = {part: name for part, name in names.items() if remaining.pop(name, None) is not None}
+            if missing := [name for part, name in names.items() if found and part not in found]:
+                raise CheckpointError(f"{folder}: {next(iter(found.values()))} has no partner {missing[0]}")
             if found:
                 placed[layer, target] = found
     if remaining:
@@ -172,8 +178,9 @@ def _plan(
     shapes = jax.tree.map(lambda info: info.struct, abstract_adapters(config, spec), is_leaf=is_info)
     for (layer, target), names in placed.items():  # before anything is allocated
         slot = spec.locate(layer)
-        for half, name in names.items():
-            wanted = shapes[slot.part][slot.key][TARGETS[target]][target][half].shape[:-3:-1]  # transposed, no stack
+        for part, name in names.items():
+            shape = shapes[slot.part][slot.key][TARGETS[target]][target][part].shape
+            wanted = (shape if slot.repeat is None else shape[1:])[::-1]  # transposed, no stack
             if infos[name].shape != wanted:
                 raise CheckpointError(f"{folder}: {name} is {infos[name].shape}, the model and r need {wanted}")
     return config, placed, infos
@@ -232,6 +239,7 @@ def _config(folder: pathlib.Path, options: dict, placed: dict, spec: DecoderSpec
             rank=options["r"],
             alpha=options["lora_alpha"],
             rslora=options.get("use_rslora", False),
+            dora=options.get("use_dora", False),
             dropout=options.get("lora_dropout", 0.0),
             targets=targets,
             layers=None if len(layers) == spec.num_layers else f"{first}:{last + 1}",
@@ -249,9 +257,10 @@ def _module(family: ModuleType, target: str, layer: int) -> str:
     return family.tensor_name(f"{TARGETS[target]}.{target}", layer).removesuffix(".weight")
 
 
-def _tensor_names(family: ModuleType, target: str, layer: int) -> dict[str, str]:
-    module = _module(family, target, layer)
-    return {"a": f"{PREFIX}{module}.lora_A.weight", "b": f"{PREFIX}{module}.lora_B.weight"}
+def _tensor_names(family: ModuleType, target: str, layer: int, dora: bool) -> dict[str, str]:
+    module = PREFIX + _module(family, target, layer)
+    names = {"a": f"{module}.lora_A.weight", "b": f"{module}.lora_B.weight"}
+    return names | {"magnitude": f"{module}.lora_magnitude_vector"} if dora else names
 
 
 def _existing(file: pathlib.Path) -> pathlib.Path:

@@ -1,5 +1,6 @@
 """PEFT's format: adapters that PEFT saved (parity/make_peft_golden.py), round trips, and refusals by name."""
 
+import dataclasses
 import functools
 import json
 import pathlib
@@ -90,10 +91,11 @@ def write_ours(case: str, folder: pathlib.Path) -> None:
     peft.save_peft(folder, adapters, config, SPEC)
 
 
+@pytest.mark.parametrize("dora", [False, True])
 @pytest.mark.parametrize("case", CONFIGS)
-def test_round_trip_to_the_bit(case, tmp_path):
-    config = CONFIGS[case]
-    adapters = jax.tree.map(lambda x: x + 1 / 3, lora.init_adapters(config, SPEC, jax.random.key(0)))
+def test_round_trip_to_the_bit(case, dora, tmp_path):
+    config = dataclasses.replace(CONFIGS[case], dora=dora)
+    adapters = jax.tree.map(lambda x: x + 1 / 3, lora.init_adapters(config, SPEC, jax.random.key(0), base()))
     for layer in set(range(3)) - set(lora.adapted_layers(config, SPEC)):  # idle layers hold zeros in a real run
         adapters["blocks"] = jax.tree.map(lambda x, layer=layer: x.at[layer].set(0), adapters["blocks"])
     peft.save_peft(tmp_path / "a", adapters, config, SPEC, base="some/model")
@@ -132,7 +134,7 @@ def test_rank_zero_has_nothing_to_write(tmp_path):
     [
         ({"peft_type": "LOHA"}, "peft_type 'LOHA' is not supported, only 'LORA'"),
         ({"task_type": "SEQ_CLS"}, "task_type"),
-        ({"use_dora": True}, "use_dora True"),
+        ({"use_dora": "yes"}, "dora"),
         ({"bias": "lora_only"}, "bias"),
         ({"lora_bias": True}, "lora_bias"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
@@ -171,7 +173,10 @@ def test_damaged_folders(tmp_path):
     edit(folder, {"r": 8})
     with pytest.raises(CheckpointError, match=r"lora_A.weight is \(2, 16\), the model and r need \(8, 16\)"):
         peft.load_peft(folder, SPEC)
-    edit(folder, {"r": 0})
+    edit(folder, {"r": 2, "use_dora": True})
+    with pytest.raises(CheckpointError, match=r"lora_A.weight has no partner .*lora_magnitude_vector"):
+        peft.load_peft(folder, SPEC)
+    edit(folder, {"r": 0, "use_dora": False})
     with pytest.raises(CheckpointError, match="r: 0"):
         peft.load_peft(folder, SPEC)
     options = json.loads((GOLDEN / "peft_qv" / peft.CONFIG_FILE).read_text())
