@@ -34,7 +34,7 @@ from jaxpost.models import decoder, peft
 from jaxpost.models.loading import Located, ModelConfig, content_hash, load_params, locate
 from jaxpost.models.policy import Policy
 from jaxpost.models.sampler import Sampler
-from jaxpost.models.spec import FORMAT, abstract_params, num_params
+from jaxpost.models.spec import FORMAT, abstract_params
 from jaxpost.optim import dotted, make_optimizer, trainable_mask
 from jaxpost.sharding import MeshConfig, Rules, check_divides, host_rows, make_mesh, rules_for, tree_shardings
 from jaxpost.step import init_state, make_step
@@ -66,6 +66,8 @@ def build_model(
     tokenizer = load_tokenizer(located.tokenizer_path, config.chat_template)
     tokenizer.check_model(located.spec.vocab_size)
     spec, mesh = located.spec, make_mesh(mesh_config, devices)
+    if adapters is not None:
+        lora.full_names(adapters, spec)  # refuses what this model does not have
     rules = rules_for(
         mesh, num_heads=spec.num_heads, num_kv_heads=spec.num_kv_heads, d_model=spec.d_model, d_ff=spec.d_ff,
         vocab_size=spec.vocab_size,
@@ -223,7 +225,7 @@ def build_job(
         stochastic=stochastic,
     )
     peak = flops.peak_flops(jax.devices()[0].device_kind)
-    adapter_params = None if config.lora is None else num_params(params)
+    adapter_params, full_params = (None, 0) if config.lora is None else lora.param_counts(config.lora, policy.spec)
     return Job(
         state=state,
         frozen=frozen,
@@ -234,7 +236,9 @@ def build_job(
         sinks=sinks,
         total_steps=total_steps,
         meta=meta,
-        flops_per_token=partial(flops.train_flops_per_token, policy.spec, adapter_params=adapter_params),
+        flops_per_token=partial(
+            flops.train_flops_per_token, policy.spec, adapter_params=adapter_params, full_params=full_params
+        ),
         peak_flops=None if peak is None else peak * rules.mesh.size,
         num_programs=len(config.data.widths),
     )

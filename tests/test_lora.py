@@ -1,6 +1,7 @@
 """Adapters as a second tree: join, merge, gradients, dropout, ranges of layers, shardings."""
 
 import dataclasses
+import functools
 from functools import partial
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 from jaxpost import lora, sharding
 from jaxpost.errors import ConfigError
 from jaxpost.lora import LoraConfig
-from jaxpost.models import decoder
+from jaxpost.models import assemble, decoder
 from jaxpost.models.spec import DecoderSpec, LayerKind, abstract_params, is_info
 from jaxpost.ops.proj import Lora, proj
 
@@ -280,6 +281,57 @@ def test_dora_keeps_no_matrix_for_the_backward_pass():
     assert shapes and not [shape for shape in shapes if shape in [(2, 16, 16), (2, 16, 8), (2, 16, 24), (2, 24, 16)]]
 
 
+@functools.cache
+def grads_of_all_weights() -> dict:
+    return loss_and_grads(BASE, {}, LoraConfig(rank=0), weigh=lambda _, weights, config: weights)[1]
+
+
+@pytest.mark.parametrize("rank", [4, 0])
+def test_parameters_trained_in_full_beside_adapters(rank):
+    config = LoraConfig(rank=rank, targets=("q",), layers="1:", also_train=("norm", "embed", "down"))
+    adapters = jax.jit(partial(lora.init_adapters, config, SPEC))(jax.random.key(1), BASE)
+    assert set(adapters) == {"embed", "final_norm", "prefix", "blocks", "tail"}
+    layer = adapters["prefix"][0]
+    assert set(layer) == {"attn_norm", "mlp_norm", "mlp"} | ({"attn"} if rank else set())
+    np.testing.assert_array_equal(layer["mlp"]["down"], BASE["prefix"][0]["mlp"]["down"])  # also in an idle layer
+    np.testing.assert_array_equal(logits(lora.join(BASE, adapters, config)), logits(BASE))
+
+    _, grads = loss_and_grads(adapters, BASE, config)
+    whole = grads_of_all_weights()
+    for path in (("embed",), ("final_norm",), ("blocks", "0", "mlp", "down"), ("prefix", 0, "attn_norm")):
+        got, want = assemble.follow(grads, path), assemble.follow(whole, path)
+        np.testing.assert_allclose(got, want, atol=2e-6 * np.abs(want).max())
+
+    small = jax.tree.map(lambda x: x.astype(jnp.bfloat16), BASE)
+    moved = jax.tree.map(lambda x: x + 0.25, adapters)
+    assert lora.join(small, moved, config)["embed"].dtype == jnp.float32  # the trained copy is never rounded
+    merged = lora.merge(small, moved, config)
+    assert {x.dtype for x in jax.tree.leaves(merged)} == {jnp.dtype("bfloat16")}
+    np.testing.assert_array_equal(merged["final_norm"], moved["final_norm"].astype(jnp.bfloat16))
+    assert merged["head"] is small["head"]
+
+
+def test_a_tied_embedding_trained_in_full_stays_tied():
+    spec = dataclasses.replace(SPEC, tied=True)
+    base = {name: value for name, value in BASE.items() if name != "head"}
+    config = LoraConfig(rank=0, also_train=("embed",))
+    adapters = jax.tree.map(lambda x: 2 * x, lora.init_adapters(config, spec, jax.random.key(0), base))
+    joined = lora.join(base, adapters, config)
+    assert decoder.head(joined) is joined["embed"] is adapters["embed"]
+    with pytest.raises(ConfigError, match="no 'head'; this model's head is its embedding, name embed"):
+        lora.abstract_adapters(LoraConfig(also_train=("head",)), spec)
+    with pytest.raises(ConfigError, match=r"lora.also_train: the model has no 'lm_head'; there are norm .*attn_norm"):
+        lora.abstract_adapters(LoraConfig(also_train=("lm_head",)), spec)
+
+
+def test_counts_for_the_flops():
+    # q: in 16, out 16, rank 2: 3 layers of (2 * 16 * 2 + 16). The head and down multiply every token, norms do not.
+    config = LoraConfig(rank=2, targets=("q",), dora=True, also_train=("embed", "norm", "down", "head"))
+    assert lora.param_counts(config, SPEC) == (3 * (2 * 16 * 2 + 16), 3 * 24 * 16 + 32 * 16)
+    tied = dataclasses.replace(SPEC, tied=True)
+    assert lora.param_counts(LoraConfig(rank=0, also_train=("embed",)), tied) == (0, 32 * 16)
+
+
 def test_layers_that_do_not_exist():
     with pytest.raises(ConfigError, match="'6:' holds none of the model's 3 layers"):
         lora.init_adapters(LoraConfig(layers="6:"), SPEC, jax.random.key(0))
@@ -311,6 +363,8 @@ def test_equal_on_eight_devices(config, adapters):
         ({"targets": ()}, "at least one"),
         ({"targets": ("q", "q")}, "each once"),
         ({"dropout": 1.0}, "below 1"),
+        ({"also_train": ("embed", "embed")}, "each parameter once"),
+        ({"also_train": ("embed", "q")}, "q carries an adapter"),
         ({"dora": True, "rank": 0}, "lora.dora: needs adapters"),
         ({"layers": "15"}, "not a range"),
         ({"rank": -1}, "greater than or equal to 0"),

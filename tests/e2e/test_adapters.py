@@ -12,7 +12,7 @@ import pytest
 from jaxpost import build, cli, config, export, lora, train
 from jaxpost.errors import CheckpointError, ConfigError
 from jaxpost.lora import LoraConfig
-from jaxpost.models import peft
+from jaxpost.models import hf, peft
 from jaxpost.models.loading import locate
 from jaxpost.models.spec import is_info
 from tests import tiny
@@ -72,6 +72,40 @@ def test_a_run_from_an_adapter(folder, tmp_path):
         run(written)
     resumed = run(written, allow_changed=["lora.source"])
     assert equal(resumed.params, state.params)
+
+
+def test_dora_and_parameters_in_full_resume_bit_for_bit_and_export(tmp_path):
+    sections = {
+        "lora": {"rank": 2, "dora": True, "dropout": 0.1, "targets": ["q", "up"], "also_train": ["embed", "norm"]},
+        "loop": {"steps": 4, "save_every": 2},
+        "data": {"eval": []},
+    }
+    whole = tiny.load(tmp_path, **sections)
+    final = run(whole)
+    folder = pathlib.Path(whole.run_dir, "checkpoints")
+    shutil.rmtree(folder / "4")
+    (folder / "LATEST").write_text("2\n")
+    resumed = run(whole)
+    assert equal(final.params, resumed.params) and equal(final.opt_state, resumed.opt_state)
+
+    model, base, adapters = build.open_model(whole.run_dir)
+    assert equal(adapters, final.params["policy"])
+    moved = np.abs(adapters["embed"] - base["embed"]).max(), np.abs(adapters["final_norm"] - base["final_norm"]).max()
+    assert min(moved) > 0 and adapters["blocks"]["0"]["attn"]["q"]["magnitude"].shape == (3, 64)
+    written = hf.load_hf(export.export(whole.run_dir, "hf"), np.float32)
+    tokens = np.arange(24).reshape(2, 12)
+    positions = np.broadcast_to(np.arange(12), tokens.shape)
+    hidden = jax.jit(lambda weights: model.policy(weights, tokens, positions, positions * 0 + 1)[0])
+    np.testing.assert_allclose(hidden(written), hidden(lora.join(base, adapters, model.policy.adapters)), atol=2e-5)
+    assert "head" not in written and equal(written["embed"], adapters["embed"])
+    section, again = peft.load_peft(export.export(whole.run_dir, "peft"), SPEC)
+    assert equal(again, adapters) and lora.full_names(section, SPEC) == {"embed", "final_norm", "attn_norm", "mlp_norm"}
+
+
+def test_names_that_match_nothing_are_refused_before_anything_is_read(tmp_path):
+    written = tiny.load(tmp_path, lora={"rank": 0, "also_train": ["lm_head"]})
+    with pytest.raises(ConfigError, match=r"lora\.also_train: the model has no 'lm_head'"):
+        build.build_model(written.model, written.mesh, written.lora, jax.devices()[:1])
 
 
 def test_what_the_user_wrote_must_agree(folder, tmp_path):

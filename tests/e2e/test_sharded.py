@@ -28,7 +28,13 @@ def curve(folder, mesh, devices, **sections):
 
 
 @pytest.mark.parametrize(
-    ("lora", "meshes"), [(None, MESHES), ({"rank": 4, "alpha": 8.0}, MESHES[-1:])], ids=["full", "lora"]
+    ("lora", "meshes"),
+    [
+        (None, MESHES),
+        ({"rank": 4, "alpha": 8.0}, MESHES[-1:]),
+        ({"rank": 4, "alpha": 8.0, "dora": True, "also_train": ["embed", "norm"]}, MESHES[-1:]),
+    ],
+    ids=["full", "lora", "dora"],
 )
 def test_one_device_equals_eight(tmp_path, lora, meshes):
     alone = curve(tmp_path / "one", {"data": 1}, jax.devices()[:1], lora=lora)

@@ -137,7 +137,7 @@ def test_rank_zero_has_nothing_to_write(tmp_path):
         ({"use_dora": "yes"}, "dora"),
         ({"bias": "lora_only"}, "bias"),
         ({"lora_bias": True}, "lora_bias"),
-        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"modules_to_save": "lm_head"}, "modules_to_save"),
         ({"rank_pattern": {"q_proj": 8}}, "rank_pattern"),
         ({"alpha_pattern": {"q_proj": 16}}, "alpha_pattern"),
         ({"fan_in_fan_out": True}, "fan_in_fan_out"),
