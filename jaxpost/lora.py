@@ -213,6 +213,8 @@ def _meaning(name: str, config: LoraConfig, spec: DecoderSpec) -> Any:
 
 
 def _plain(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
     return f"[{', '.join(value)}]" if isinstance(value, tuple) else "null" if value is None else str(value)
 
 

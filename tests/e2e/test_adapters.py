@@ -1,5 +1,6 @@
 """Runs that start from a PEFT adapter: what they take from it, what they remember of it, what they refuse."""
 
+import dataclasses
 import functools
 import json
 import pathlib
@@ -19,6 +20,7 @@ from tests import tiny
 
 SPEC = locate(tiny.MODEL).spec
 ADAPTER = LoraConfig(rank=2, alpha=3.0, rslora=True, targets=("q", "down"), layers="1:3")
+RICH = dataclasses.replace(ADAPTER, dora=True, also_train=("final_norm",))
 run = functools.partial(train.run, devices=jax.devices()[:1])
 
 
@@ -44,19 +46,22 @@ def equal(a: dict, b: dict) -> bool:
     return all(jax.tree.leaves(jax.tree.map(lambda x, y: np.array_equal(x, y), a, b)))
 
 
-def test_a_run_from_an_adapter(folder, tmp_path):
+def test_a_run_from_an_adapter(tmp_path):
+    folder = peft.save_peft(tmp_path / "adapter", filled(RICH, 1), RICH, SPEC)
     written = tiny.load(tmp_path, lora={"source": "adapter", "dropout": 0.25}, loop={"steps": 1}, data={"eval": []})
     assert written.lora.source == str(folder) and written.lora.rank == 16
     state = run(written)
     # It began there: Adam's first update moves nothing by more than the learning rate, and layer 0 not at all.
-    moved = jax.tree.map(lambda x, y: np.abs(x - y).max((-1, -2)), state.params["policy"], filled(ADAPTER, 1))
-    assert all(x[0] == 0 and 0 < x.max() <= 0.01001 for x in jax.tree.leaves(moved))
+    moved = jax.tree.map(lambda x, y: np.abs(np.asarray(x) - y), state.params["policy"], filled(RICH, 1))
+    assert all(0 < x.max() <= 0.01001 for x in jax.tree.leaves(moved))
+    assert not any(np.any(part) for pair in lora.layer_pairs(moved, SPEC, 0).values() for part in pair.values())
 
     # the run stands for itself: readers do not look at the folder again
     away = folder.rename(tmp_path / "moved")
     saved = config.load_saved(written.run_dir)
     assert (saved.lora.rank, saved.lora.alpha, saved.lora.rslora, saved.lora.targets) == (2, 3.0, True, ("q", "down"))
     assert list(lora.adapted_layers(saved.lora, SPEC)) == [1, 2] and saved.lora.dropout == 0.25
+    assert saved.lora.dora and saved.lora.also_train == ("final_norm",)
     _, base, adapters = build.open_model(written.run_dir)
     assert equal(adapters, state.params["policy"])
     section, again = peft.load_peft(export.export(written.run_dir, "peft"), SPEC)
@@ -67,7 +72,7 @@ def test_a_run_from_an_adapter(folder, tmp_path):
     # another adapter of the same form is another run
     away.rename(folder)
     shutil.rmtree(folder)
-    peft.save_peft(folder, filled(ADAPTER, 2), ADAPTER, SPEC)
+    peft.save_peft(folder, filled(RICH, 2), RICH, SPEC)
     with pytest.raises(CheckpointError, match=r"lora\.source: the adapter there changed.*--allow_changed=lora\.source"):
         run(written)
     resumed = run(written, allow_changed=["lora.source"])
@@ -118,6 +123,8 @@ def test_what_the_user_wrote_must_agree(folder, tmp_path):
         ({"targets": ["q"]}, r"lora\.targets: \[q\] here, \[q, down\] in"),
         ({"layers": ":2"}, r"lora\.layers: :2 here, 1:3 in"),
         ({"layers": "5:"}, "holds none"),
+        ({"dora": True}, r"lora\.dora: true here, false in"),
+        ({"also_train": ["embed"]}, r"lora\.also_train: \[embed\] here, \[\] in"),
     ]:
         with pytest.raises(ConfigError, match=message):
             build.adopt_adapters(config.Loaded(tiny.load(tmp_path, lora={"source": "adapter"} | section), {}))
