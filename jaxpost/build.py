@@ -18,7 +18,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxpost import flops, lora, manifest, rundir
 from jaxpost.algos.base import Algorithm, Context
 from jaxpost.checkpoint import Checkpointer
-from jaxpost.config import Config, load_saved
+from jaxpost.compose import Origin, paths
+from jaxpost.config import Config, Loaded, load_saved, to_tree
 from jaxpost.data import tasks
 from jaxpost.data.chat import Tokenizer, load_tokenizer
 from jaxpost.data.feed import MeshSource, to_mesh
@@ -30,11 +31,11 @@ from jaxpost.evals import metrics as task_metrics
 from jaxpost.evals.run import Evaluator, Task, make_eval_step
 from jaxpost.leaves import dotted
 from jaxpost.loop import Job
-from jaxpost.models import decoder
+from jaxpost.models import decoder, peft
 from jaxpost.models.loading import Located, ModelConfig, content_hash, load_params, locate
 from jaxpost.models.policy import Policy
 from jaxpost.models.sampler import Sampler
-from jaxpost.models.spec import FORMAT, abstract_params, num_params
+from jaxpost.models.spec import FORMAT, abstract_params
 from jaxpost.optim import make_optimizer, trainable_mask
 from jaxpost.sharding import MeshConfig, Rules, check_divides, host_rows, make_mesh, rules_for, tree_shardings
 from jaxpost.step import init_state, make_step
@@ -73,6 +74,8 @@ def build_model(
     tokenizer = load_tokenizer(located.tokenizer_path, config.chat_template, date)
     tokenizer.check_model(located.spec.vocab_size)
     spec, mesh = located.spec, make_mesh(mesh_config, devices)
+    if adapters is not None:
+        lora.full_names(adapters, spec)  # refuses what this model does not have
     rules = rules_for(
         mesh, num_heads=spec.num_heads, num_kv_heads=spec.num_kv_heads, d_model=spec.d_model, d_ff=spec.d_ff,
         vocab_size=spec.vocab_size,
@@ -141,6 +144,35 @@ def load_run(model: Model, saved: Config, located: Located, weights: str = "poli
     return (None if saved.lora is None else load_weights(model, located.base)), trained
 
 
+def adopt_adapters(loaded: Loaded) -> Loaded:
+    """The config with the `lora` section as the PEFT adapter in lora.source has it, and its provenance with it.
+
+    Without lora.source nothing changes. Raises ConfigError for a folder that is no PEFT adapter of this model and for
+    written values that contradict it. What comes back passes through unchanged.
+    """
+    section = loaded.config.lora
+    if section is None or section.source is None:
+        return loaded
+    folder = pathlib.Path(section.source)
+    file = folder / peft.CONFIG_FILE
+    if not file.is_file():
+        hint = "; --to=peft of jaxpost.export writes a run's" if (folder / "config.yaml").is_file() else ""
+        raise ConfigError(f"lora.source: {folder} is no PEFT adapter (it has no {peft.CONFIG_FILE}){hint}")
+    spec = locate(loaded.config.model.source, loaded.config.model.tokenizer).spec
+    try:
+        found = peft.peft_config(folder, spec)
+    except (CheckpointError, ConfigError) as error:
+        raise type(error)(f"lora.source: {error}") from None
+    written = {path[1] for path in loaded.origins if path[:1] == ("lora",) and len(path) == 2}
+    adopted = lora.adopt(section, found, spec, written if loaded.origins else None)
+    config = dataclasses.replace(loaded.config, lora=adopted)
+    if not loaded.origins:
+        return Loaded(config, {})
+    taken = {field.name: getattr(adopted, field.name) for field in dataclasses.fields(adopted)}
+    taken = {name: value for name, value in taken.items() if name not in (*written, "source", "dropout")}
+    return Loaded(config, loaded.origins | {("lora", *at): Origin(str(file)) for at in paths(to_tree(taken)) if at})
+
+
 def build_job(
     config: Config,
     sinks: Any,
@@ -150,6 +182,7 @@ def build_job(
     devices: list | None = None,
 ) -> Job:
     """A run ready for loop.run, restored from its newest checkpoint where there is one. devices: default all."""
+    config = adopt_adapters(Loaded(config, {})).config
     model = build_model(config.model, config.mesh, config.lora, devices, rundir.start_date(config.run_dir))
     algorithm, policy, rules = config.algorithm, model.policy, model.rules
     check_divides(config.data.batch_size, config.loop.micro_batches, config.data.widths, rules)
@@ -166,7 +199,9 @@ def build_job(
     total_steps = config.loop.steps or rows.count_batches(config.loop.epochs)
 
     base = load_weights(model)
-    params, frozen = ({"policy": base}, {}) if config.lora is None else (_adapters(config, model), {"policy": base})
+    params, frozen = (
+        ({"policy": base}, {}) if config.lora is None else (_adapters(config, model, base), {"policy": base})
+    )
     tx, schedule = make_optimizer(config.optim, total_steps, params)
     checkpointer = Checkpointer(config.run_dir, config.checkpoint)
     shardings = _state_shardings(params, tx, algorithm, rules)
@@ -177,6 +212,8 @@ def build_job(
     checkpointer.preflight(sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(abstract)))
 
     meta = {"format": FORMAT, "num_tokens": 0, "weights": content_hash_of(model.located)}
+    if config.lora is not None and config.lora.source is not None:
+        meta["adapters"] = peft.hash_peft(config.lora.source)
     annotate = None
     if type(algorithm).annotate is not Algorithm.annotate:  # the base's adds nothing: not worth a program
         annotate = jax.jit(lambda batch: algorithm.annotate(policy, frozen, batch))
@@ -208,7 +245,7 @@ def build_job(
         stochastic=stochastic,
     )
     peak = flops.peak_flops(jax.devices()[0].device_kind)
-    adapter_params = None if config.lora is None else num_params(params)
+    adapter_params, full_params = (None, 0) if config.lora is None else lora.param_counts(config.lora, policy.spec)
     return Job(
         state=state,
         frozen=frozen,
@@ -219,7 +256,9 @@ def build_job(
         sinks=sinks,
         total_steps=total_steps,
         meta=meta,
-        flops_per_token=partial(flops.train_flops_per_token, policy.spec, adapter_params=adapter_params),
+        flops_per_token=partial(
+            flops.train_flops_per_token, policy.spec, adapter_params=adapter_params, full_params=full_params
+        ),
         peak_flops=None if peak is None else peak * rules.mesh.size,
         num_programs=len(config.data.widths),
     )
@@ -279,14 +318,23 @@ def _eval_tasks(config: Config, tokenizer: Tokenizer) -> list[Task]:
     return built
 
 
-def _adapters(config: Config, model: Model) -> dict[str, Any]:
+def _adapters(config: Config, model: Model, base: Any) -> dict[str, Any]:
+    """New adapters, or those of lora.source, on the mesh."""
     infos = lora.abstract_adapters(config.lora, model.located.spec)
+    shardings = tree_shardings(infos, model.rules)
+    if config.lora.source is not None:
+        _, loaded = peft.load_peft(config.lora.source, model.located.spec)
+        placed = jax.tree.map(
+            lambda x, where: jax.make_array_from_callback(x.shape, where, lambda index: x[index]), loaded, shardings
+        )
+        # Copied: on a CPU an array may lie in the host's memory, and could then not be donated.
+        return {"policy": jax.jit(lambda tree: jax.tree.map(jnp.copy, tree), out_shardings=shardings)(placed)}
     key = jax.random.fold_in(jax.random.key(config.seed), Stream.LORA)
     init = jax.jit(
-        lambda key: lora.init_adapters(config.lora, model.located.spec, key),
-        out_shardings=tree_shardings(infos, model.rules),
+        lambda key, base: lora.init_adapters(config.lora, model.located.spec, key, base),
+        out_shardings=shardings,
     )
-    return {"policy": init(key)}
+    return {"policy": init(key, base)}
 
 
 def _state_shardings(params: Any, tx: optax.GradientTransformation, algorithm: Any, rules: Rules) -> TrainState:
@@ -342,4 +390,9 @@ def _same_weights(saved: dict, now: dict, allow_changed: Sequence[str]) -> None:
         raise CheckpointError(
             f"model.source: the weights changed since the run began (was {saved['weights'][:12]}, "
             f"is {now['weights'][:12]}); name a fixed step (ckpt:RUN/STEP), or accept with --allow_changed=model.source"
+        )
+    if saved.get("adapters") != now.get("adapters") and "lora.source" not in allow_changed:
+        raise CheckpointError(
+            "lora.source: the adapter there changed since the run began; bring the old one back, or go on from the "
+            "checkpoint all the same with --allow_changed=lora.source"
         )

@@ -25,13 +25,15 @@ _VARIABLE = re.compile(r"\$\$\{|\$\{([^}]*)\}")
 
 @dataclasses.dataclass(frozen=True)
 class Origin:
-    """Where a value was written: a line of a file, or (file None) the command line."""
+    """Where a value was written: a line of a file (0: the file as a whole), or (file None) the command line."""
 
     file: str | None = None
     line: int = 0
 
     def __str__(self) -> str:
-        return COMMAND_LINE if self.file is None else f"{self.file}:{self.line}"
+        if self.file is None:
+            return COMMAND_LINE
+        return f"{self.file}:{self.line}" if self.line else self.file
 
     @property
     def folder(self) -> str:
@@ -189,7 +191,7 @@ def _absolute(path: Path, text: str, origin: Origin) -> str:
         return _join(origin.folder, text)
     if path == ("run_dir",):
         return _join(os.getcwd(), text)
-    if path == ("model", "chat_template") or (is_metric(path) and is_path(text)):
+    if path in (("model", "chat_template"), ("lora", "source")) or (is_metric(path) and is_path(text)):
         return _join(origin.folder, text)
     return text
 

@@ -8,8 +8,9 @@ Rules of reading:
 - key=value takes YAML 1.2 values and list positions (`data.train.0.weight=2`); the last one wins.
 - `${NAME}` in a text is the environment variable NAME; `$${` is a plain `${`. Unset is an error, but JAXPOST_DATA is
   then ./data.
-- A relative data, model or template path belongs to the folder of the config file that it is written in, or to the
-  working directory when typed. Runs (run_dir, ckpt:RUN) always belong to the working directory: they are made there.
+- A relative data, model, adapter or template path belongs to the folder of the config file that it is written in, or
+  to the working directory when typed. Runs (run_dir, ckpt:RUN) always belong to the working directory: they are made
+  there.
 - A metric of the user's own, FILE.py:NAME, is taken from the command line alone: a config never brings code along.
 
 Every mistake is a ConfigError of one line: FILE:LINE, dotted key, reason, nearest valid name. The JSON schema for

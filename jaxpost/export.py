@@ -71,7 +71,8 @@ def export(
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"{folder}: exists and is not an empty folder; choose another with --out, or remove it")
     if to == "peft" and (saved.lora is None or saved.lora.rank == 0):
-        raise ConfigError(f"{run_dir}: trained all weights, so there is no adapter; use --to=hf")
+        what = "all weights" if saved.lora is None else "weights in full (lora.rank is 0)"
+        raise ConfigError(f"{run_dir}: trained {what}, so there is no adapter; use --to=hf")
     checkpointer = Checkpointer(run_dir, saved.checkpoint)
     steps = checkpointer.steps()
     if not steps:

@@ -49,14 +49,17 @@ def matmul_params(spec: DecoderSpec) -> int:
     return spec.num_layers * layer + spec.d_model * spec.vocab_size
 
 
-def train_flops_per_token(spec: DecoderSpec, length: int, *, adapter_params: int | None = None) -> float:
+def train_flops_per_token(
+    spec: DecoderSpec, length: int, *, adapter_params: int | None = None, full_params: int = 0
+) -> float:
     """Model FLOPs of forward and backward for one token of a segment of this length.
 
     Full training 6 N + 12 H hd sum over layers of the visible keys: 2 N forward, 2 N for the gradient of activations,
-    2 N for that of weights. With adapters (their parameter count A) the base needs no weight gradient: 4 N + 6 A + the
-    same attention. `length` is the mean segment length where rows are packed.
+    2 N for that of weights. With adapters (their parameter count A) the base needs no weight gradient but for the
+    `full_params` F of its weights that are trained beside them: 4 N + 6 A + 2 F + the same attention. `length` is the
+    mean segment length where rows are packed.
     """
     weights = matmul_params(spec)
-    dense = 6 * weights if adapter_params is None else 4 * weights + 6 * adapter_params
+    dense = 6 * weights if adapter_params is None else 4 * weights + 6 * adapter_params + 2 * full_params
     keys = sum(mean_visible_keys(length, spec.kind(layer).window) for layer in range(spec.num_layers))
     return dense + 12 * spec.num_heads * spec.head_dim * keys

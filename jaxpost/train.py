@@ -40,7 +40,7 @@ def run(
     import jax
 
     from jaxpost import loop, rundir
-    from jaxpost.build import build_job
+    from jaxpost.build import adopt_adapters, build_job
     from jaxpost.config import Loaded, check_resume
     from jaxpost.manifest import replace_file
     from jaxpost.metrics import Sinks, before_and_after
@@ -49,6 +49,7 @@ def run(
 
     compilation_cache()
     join_cluster(config.mesh)
+    config = adopt_adapters(Loaded(config, {})).config
     writes = jax.process_index() == 0
     with rundir.RunLock(config.run_dir) if writes else contextlib.nullcontext():
         if overwrite and writes:
@@ -85,6 +86,10 @@ def main(args: cli.Arguments) -> None:
     from jaxpost import config
 
     loaded = config.from_arguments(args)
+    if loaded.config.lora is not None and loaded.config.lora.source is not None:
+        from jaxpost.build import adopt_adapters  # only here: it imports all that a run needs
+
+        loaded = adopt_adapters(loaded)
     if args.flags["print_config"]:
         print(loaded.dump(), end="")
         return

@@ -24,6 +24,7 @@ def test_train_flops_by_hand():
     attention = 12 * 2 * 2 * 2 * 3.0  # heads * head_dim * layers * mean keys of 5 positions
     assert train_flops_per_token(SPEC, 5) == 6 * 328 + attention
     assert train_flops_per_token(SPEC, 5, adapter_params=7) == 4 * 328 + 6 * 7 + attention
+    assert train_flops_per_token(SPEC, 5, adapter_params=7, full_params=40) == 4 * 328 + 6 * 7 + 2 * 40 + attention
 
 
 def test_window_layers_see_fewer_keys():

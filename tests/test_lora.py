@@ -1,6 +1,7 @@
 """Adapters as a second tree: join, merge, gradients, dropout, ranges of layers, shardings."""
 
 import dataclasses
+import functools
 from functools import partial
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 from jaxpost import lora, sharding
 from jaxpost.errors import ConfigError
 from jaxpost.lora import LoraConfig
-from jaxpost.models import decoder
+from jaxpost.models import assemble, decoder
 from jaxpost.models.spec import DecoderSpec, LayerKind, abstract_params, is_info
 from jaxpost.ops.proj import Lora, proj
 
@@ -201,24 +202,157 @@ def test_layers_out_of_the_range_never_train():
             assert np.any(pair["a"]) == np.any(pair["b"]) == (layer == 2)
 
 
+DORA = dataclasses.replace(CONFIG, dora=True)
+DORA_ADAPTERS = filled(lora.abstract_adapters(DORA, SPEC), 1)
+
+
+def test_dora_starts_as_its_base():
+    adapters = jax.jit(partial(lora.init_adapters, DORA, SPEC))(jax.random.key(1), BASE)
+    down = adapters["blocks"]["0"]["mlp"]["down"]["magnitude"]
+    assert down.shape == (2, 16) and down.dtype == jnp.float32
+    np.testing.assert_allclose(down, np.linalg.norm(BASE["blocks"]["0"]["mlp"]["down"], axis=1), rtol=1e-6)
+    np.testing.assert_allclose(logits(lora.join(BASE, adapters, DORA)), logits(BASE), atol=2e-6)
+
+
+def test_dora_by_hand():
+    # scale 2; columns of base + 2 a b: (3 + 2*0, 0 + 2*2) = (3, 4) of length 5, and (0, 1) of length 1
+    tree, pair = (
+        {"w": jnp.array([[3.0, 0.0], [0.0, 1.0]])},
+        {"a": jnp.array([[0.0], [1.0]]), "b": jnp.array([[2.0, 0.0]])},
+    )
+    adapters = {"w": pair | {"magnitude": jnp.array([10.0, -3.0])}}
+    config = LoraConfig(rank=1, alpha=2.0, dora=True)
+    np.testing.assert_allclose(lora.merge(tree, adapters, config)["w"], [[6, 0], [8, -3]], rtol=1e-6)
+    np.testing.assert_allclose(proj(jnp.ones((1, 2)), lora.join(tree, adapters, config)["w"]), [[14, -3]], rtol=1e-6)
+
+
+def test_dora_joined_equals_merged():
+    joined, merged = (weigh(BASE, DORA_ADAPTERS, DORA) for weigh in (lora.join, lora.merge))
+    np.testing.assert_allclose(logits(joined), logits(merged), atol=1e-5)
+    short = jax.tree.map(lambda m: m / 2, DORA_ADAPTERS)  # the magnitudes count, and a and b do
+    assert np.abs(logits(joined) - logits(lora.join(BASE, short, DORA))).max() > 0.1
+    with pytest.raises(ValueError, match="does not fit"):
+        lora.join(BASE, DORA_ADAPTERS, CONFIG)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_dora_gradients_are_those_of_the_plain_formula(dropout):
+    """m (x W + s d A B) / |W + s A B| + (x - d) W, with the length a constant and d the input after dropout."""
+    keys = jax.random.split(jax.random.key(0), 6)
+    weight, x = jax.random.normal(keys[0], (8, 5)), jax.random.normal(keys[1], (3, 8))
+    parts = {"a": jax.random.normal(keys[2], (8, 2)), "b": jax.random.normal(keys[3], (2, 5))}
+    parts["magnitude"] = jax.random.normal(keys[4], (5,))
+    config = LoraConfig(rank=2, alpha=3.0, dropout=dropout, dora=True)
+    keep = jax.random.bernoulli(keys[5], 1 - dropout, x.shape)
+
+    def plain(x, parts):
+        low = jnp.where(keep, x / (1 - dropout), 0)
+        length = jnp.linalg.norm(jax.lax.stop_gradient(weight + 1.5 * parts["a"] @ parts["b"]), axis=0)
+        gain = parts["magnitude"] / length
+        return jnp.sum(jnp.sin(gain * (low @ weight + 1.5 * low @ parts["a"] @ parts["b"]) + (x - low) @ weight))
+
+    def ours(x, parts):
+        leaf = lora.join({"w": weight}, {"w": parts}, config)["w"]
+        return jnp.sum(jnp.sin(proj(x, leaf, keys[5] if dropout else None)))
+
+    got, want = (jax.jit(jax.value_and_grad(f, (0, 1)))(x, parts) for f in (ours, plain))
+    for mine, theirs in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(mine, theirs, atol=2e-5 * np.abs(theirs).max())
+
+
+def test_dora_of_layers_out_of_the_range_never_trains():
+    config = dataclasses.replace(DORA, layers="2:")
+    adapters = jax.jit(partial(lora.init_adapters, config, SPEC))(jax.random.key(1), BASE)
+    adapters = jax.tree.map(lambda x, g: x - g, adapters, loss_and_grads(adapters, BASE, config)[1])  # b moves
+    _, grads = loss_and_grads(adapters, BASE, config)
+    for layer in range(SPEC.num_layers):
+        for pair in lora.layer_pairs(grads, SPEC, layer).values():
+            assert all(np.any(part) == (layer == 2) for part in pair.values()) and len(pair) == 3
+
+
+def test_dora_keeps_no_matrix_for_the_backward_pass():
+    """Under remat "dots" the products without batch dims are kept: none of them is as large as a weight."""
+    options = decoder.Options(remat="dots")
+    saved = jax.ad_checkpoint.saved_residuals if hasattr(jax.ad_checkpoint, "saved_residuals") else None
+    if saved is None:
+        from jax._src.ad_checkpoint import saved_residuals as saved
+    found = saved(lambda adapters: logits(lora.join(BASE, adapters, DORA), None, options).sum(), DORA_ADAPTERS)
+    shapes = [aval.shape for aval, where in found if "argument" not in where and "constant" not in where]
+    assert shapes and not [shape for shape in shapes if shape in [(2, 16, 16), (2, 16, 8), (2, 16, 24), (2, 24, 16)]]
+
+
+@functools.cache
+def grads_of_all_weights() -> dict:
+    return loss_and_grads(BASE, {}, LoraConfig(rank=0), weigh=lambda _, weights, config: weights)[1]
+
+
+@pytest.mark.parametrize("rank", [4, 0])
+def test_parameters_trained_in_full_beside_adapters(rank):
+    config = LoraConfig(rank=rank, targets=("q",), layers="1:", also_train=("norm", "embed", "down"))
+    adapters = jax.jit(partial(lora.init_adapters, config, SPEC))(jax.random.key(1), BASE)
+    assert set(adapters) == {"embed", "final_norm", "prefix", "blocks", "tail"}
+    layer = adapters["prefix"][0]
+    assert set(layer) == {"attn_norm", "mlp_norm", "mlp"} | ({"attn"} if rank else set())
+    np.testing.assert_array_equal(layer["mlp"]["down"], BASE["prefix"][0]["mlp"]["down"])  # also in an idle layer
+    np.testing.assert_array_equal(logits(lora.join(BASE, adapters, config)), logits(BASE))
+
+    _, grads = loss_and_grads(adapters, BASE, config)
+    whole = grads_of_all_weights()
+    for path in (("embed",), ("final_norm",), ("blocks", "0", "mlp", "down"), ("prefix", 0, "attn_norm")):
+        got, want = assemble.follow(grads, path), assemble.follow(whole, path)
+        np.testing.assert_allclose(got, want, atol=2e-6 * np.abs(want).max())
+
+    small = jax.tree.map(lambda x: x.astype(jnp.bfloat16), BASE)
+    moved = jax.tree.map(lambda x: x + 0.25, adapters)
+    assert lora.join(small, moved, config)["embed"].dtype == jnp.float32  # the trained copy is never rounded
+    merged = lora.merge(small, moved, config)
+    assert {x.dtype for x in jax.tree.leaves(merged)} == {jnp.dtype("bfloat16")}
+    np.testing.assert_array_equal(merged["final_norm"], moved["final_norm"].astype(jnp.bfloat16))
+    assert merged["head"] is small["head"]
+
+
+def test_a_tied_embedding_trained_in_full_stays_tied():
+    spec = dataclasses.replace(SPEC, tied=True)
+    base = {name: value for name, value in BASE.items() if name != "head"}
+    config = LoraConfig(rank=0, also_train=("embed",))
+    adapters = jax.tree.map(lambda x: 2 * x, lora.init_adapters(config, spec, jax.random.key(0), base))
+    joined = lora.join(base, adapters, config)
+    assert decoder.head(joined) is joined["embed"] is adapters["embed"]
+    with pytest.raises(ConfigError, match="no 'head'; this model's head is its embedding, name embed"):
+        lora.abstract_adapters(LoraConfig(also_train=("head",)), spec)
+    with pytest.raises(ConfigError, match=r"lora.also_train: the model has no 'lm_head'; there are norm .*attn_norm"):
+        lora.abstract_adapters(LoraConfig(also_train=("lm_head",)), spec)
+
+
+def test_counts_for_the_flops():
+    # q: in 16, out 16, rank 2: 3 layers of (2 * 16 * 2 + 16). The head and down multiply every token, norms do not.
+    config = LoraConfig(rank=2, targets=("q",), dora=True, also_train=("embed", "norm", "down", "head"))
+    assert lora.param_counts(config, SPEC) == (3 * (2 * 16 * 2 + 16), 3 * 24 * 16 + 32 * 16)
+    tied = dataclasses.replace(SPEC, tied=True)
+    assert lora.param_counts(LoraConfig(rank=0, also_train=("embed",)), tied) == (0, 32 * 16)
+
+
 def test_layers_that_do_not_exist():
     with pytest.raises(ConfigError, match="'6:' holds none of the model's 3 layers"):
         lora.init_adapters(LoraConfig(layers="6:"), SPEC, jax.random.key(0))
 
 
-def test_equal_on_eight_devices():
-    want, want_grads = loss_and_grads(ADAPTERS, BASE, CONFIG)
+@pytest.mark.parametrize("config, adapters", [(CONFIG, ADAPTERS), (DORA, DORA_ADAPTERS)], ids=["lora", "dora"])
+def test_equal_on_eight_devices(config, adapters):
+    want, want_grads = loss_and_grads(adapters, BASE, config)
     mesh = sharding.make_mesh(sharding.MeshConfig(data=2, fsdp=2, tensor=2))
     rules = sharding.rules_for(mesh, num_heads=4, num_kv_heads=2, d_model=16, d_ff=24, vocab_size=32)
     base = jax.device_put(BASE, sharding.tree_shardings(abstract_params(SPEC), rules))
-    there = jax.device_put(ADAPTERS, sharding.tree_shardings(lora.abstract_adapters(CONFIG, SPEC), rules))
-    got, grads = loss_and_grads(there, base, CONFIG, decoder.Options(rules=rules))
+    there = jax.device_put(adapters, sharding.tree_shardings(lora.abstract_adapters(config, SPEC), rules))
+    got, grads = loss_and_grads(there, base, config, decoder.Options(rules=rules))
     np.testing.assert_allclose(got, want, rtol=1e-6)
     for ours, theirs in zip(jax.tree.leaves(grads), jax.tree.leaves(want_grads), strict=True):
         np.testing.assert_allclose(ours, theirs, atol=2e-6 * np.abs(theirs).max())
     down = there["blocks"]["0"]["mlp"]["down"]
     assert down["a"].sharding.spec == jax.P(None, "tensor", None)
     assert down["b"].sharding.spec == jax.P(None, None, "fsdp")
+    if config.dora:
+        assert down["magnitude"].sharding.spec == jax.P(None, "fsdp")
 
 
 @pytest.mark.parametrize(
@@ -229,6 +363,9 @@ def test_equal_on_eight_devices():
         ({"targets": ()}, "at least one"),
         ({"targets": ("q", "q")}, "each once"),
         ({"dropout": 1.0}, "below 1"),
+        ({"also_train": ("embed", "embed")}, "each parameter once"),
+        ({"also_train": ("embed", "q")}, "q carries an adapter"),
+        ({"dora": True, "rank": 0}, "lora.dora: needs adapters"),
         ({"layers": "15"}, "not a range"),
         ({"rank": -1}, "greater than or equal to 0"),
         ({"rank": True}, "valid integer"),

@@ -1,7 +1,9 @@
 """Adapters in PEFT's format: adapter_config.json and adapter_model.safetensors, out and in.
 
-PEFT keeps lora_A as [r, in] and lora_B as [out, r], the transposes of our a and b. What an adapter_config.json asks for
-beyond plain LoRA is refused by name: the loaded adapter would compute something else than it says.
+PEFT keeps lora_A as [r, in] and lora_B as [out, r], the transposes of our a and b, and DoRA's magnitudes as they are;
+what is trained in full has the name that it has in the model, and its module is listed in modules_to_save.
+What an adapter_config.json asks for beyond that is refused by name: the loaded adapter would compute something else
+than it says.
 """
 
 from __future__ import annotations
@@ -20,15 +22,15 @@ import numpy as np
 import pydantic
 
 from jaxpost.errors import CheckpointError, ConfigError
-from jaxpost.lora import TARGETS, LoraConfig, abstract_adapters, adapted_layers, layer_pairs
-from jaxpost.models import hf, llama
+from jaxpost.lora import TARGETS, LoraConfig, abstract_adapters, adapted_layers, full_names, layer_pairs
+from jaxpost.models import assemble, hf, llama
 from jaxpost.models.safetensors_reader import read_header
 from jaxpost.models.spec import DecoderSpec, is_info
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 
-READ = {"r", "lora_alpha", "use_rslora", "lora_dropout", "target_modules"}
+READ = {"r", "lora_alpha", "use_rslora", "lora_dropout", "target_modules", "modules_to_save"}
 # These say how training began or which software wrote the file; the saved adapter is the same function.
 HARMLESS = {
     "auto_mapping",
@@ -51,6 +53,7 @@ ALLOWED = {
     "peft_type": ("LORA",),
     "task_type": ("CAUSAL_LM", None),
     "bias": ("none",),
+    "use_dora": (False, True),
     # Others (pissa, olora, corda, ..) also change the base weights, which the adapter file does not hold.
     "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),
 }
@@ -85,9 +88,17 @@ def save_peft(
     tensors = {}
     for layer in adapted_layers(config, spec):
         for target, pair in layer_pairs(adapters, spec, layer).items():
-            names = _tensor_names(family, target, layer)
-            for half, name in names.items():
-                tensors[name] = np.ascontiguousarray(pair[half].T, hf.DTYPES[dtype or "float32"])
+            for part, name in _tensor_names(family, target, layer, config.dora).items():
+                if part == "magnitude" and not pair[part].all():
+                    raise ConfigError(f"{name}: has a column of length 0, by which PEFT divides; export with --to=hf")
+                tensors[name] = np.ascontiguousarray(pair[part].T, hf.DTYPES[dtype or "float32"])
+    whole = [leaf for leaf in assemble.leaves(spec, family.tensor_name) if leaf.path[-1] in full_names(config, spec)]
+    for leaf, row in assemble.in_layer_order(whole):
+        tensor = assemble.tensor(adapters, leaf, row)
+        name = PREFIX + leaf.names[row]
+        tensors[name] = np.ascontiguousarray(tensor.T if leaf.transposed else tensor, hf.DTYPES[dtype or "float32"])
+        if spec.tied and leaf.path == ("embed",):  # as PEFT writes it with ensure_weight_tying
+            tensors[PREFIX + family.tensor_name("head")] = tensors[name]
     partial = len(adapted_layers(config, spec)) < spec.num_layers
     described = {
         "peft_type": "LORA",
@@ -100,14 +111,16 @@ def save_peft(
         "target_modules": [_module(family, target, 0).rpartition(".")[2] for target in config.targets],
         "layers_to_transform": list(adapted_layers(config, spec)) if partial else None,
         "bias": "none",
-        "modules_to_save": None,
-        "use_dora": False,
+        "modules_to_save": _modules_to_save(whole, config, spec, family),
+        "use_dora": config.dora,
         "rank_pattern": {},
         "alpha_pattern": {},
         "fan_in_fan_out": False,
         "init_lora_weights": True,
         "inference_mode": True,
     }
+    if spec.tied and any(leaf.path == ("embed",) for leaf in whole):
+        described["ensure_weight_tying"] = True  # else PEFT would leave the head as the base has it
     temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.tmp")
     temporary.mkdir(parents=True)
     try:
@@ -129,36 +142,68 @@ def load_peft(
     Targets and layers follow from the tensors in the file. Raises ConfigError for options and adapters that we do not
     compute, CheckpointError for missing or damaged files and for weights that do not fit the model.
     """
-    folder = pathlib.Path(folder)
-    options = read_config(folder / CONFIG_FILE)
-    infos = read_header(_existing(folder / WEIGHTS_FILE))
-    placed: dict[tuple[int, str], dict[str, str]] = {}  # (layer, target) -> {"a": tensor name, "b": ..}
-    remaining = dict(infos)
-    for layer in range(spec.num_layers):
-        for target in TARGETS:
-            names = _tensor_names(family, target, layer)
-            found = {half: name for half, name in names.items() if remaining.pop(name, None) is not None}
-            if len(found) == 1:
-                raise CheckpointError(f"{folder}: {next(iter(found.values()))} has no partner lora_A or lora_B")
-            if found:
-                placed[layer, target] = found
-    if remaining:
-        raise ConfigError(f"{folder}: unsupported tensor {min(remaining)!r}: no adapted projection of this model")
-    config = _config(folder, options, placed, spec, family)
+    config, placed, whole, infos = _plan(pathlib.Path(folder), spec, family)
     shapes = jax.tree.map(lambda info: info.struct, abstract_adapters(config, spec), is_leaf=is_info)
-    for (layer, target), names in placed.items():  # before anything is allocated
-        slot = spec.locate(layer)
-        for half, name in names.items():
-            wanted = shapes[slot.part][slot.key][TARGETS[target]][target][half].shape[:-3:-1]  # transposed, no stack
-            if infos[name].shape != wanted:
-                raise CheckpointError(f"{folder}: {name} is {infos[name].shape}, the model and r need {wanted}")
     adapters = jax.tree.map(lambda struct: np.zeros(struct.shape, np.float32), shapes)
     for (layer, target), names in placed.items():
         slot = spec.locate(layer)
         pair = adapters[slot.part][slot.key][TARGETS[target]][target]
-        for half, name in names.items():
-            pair[half][... if slot.repeat is None else slot.repeat] = infos[name].view(name).T
+        for part, name in names.items():
+            tensor = infos[name].view(name).T
+            if part == "magnitude" and not tensor.all():
+                raise ConfigError(f"{folder}: {name} has zeros, which mean no adapter here")
+            pair[part][... if slot.repeat is None else slot.repeat] = tensor
+    for leaf in whole:
+        array = assemble.follow(adapters, leaf.path)
+        for row, name in enumerate(leaf.names):
+            tensor = infos[PREFIX + name].view(PREFIX + name)
+            array[row if leaf.stacked else ...] = tensor.T if leaf.transposed else tensor
     return config, adapters
+
+
+def peft_config(folder: str | os.PathLike, spec: DecoderSpec, *, family: ModuleType = llama) -> LoraConfig:
+    """The LoraConfig of load_peft, without reading the weights; refuses what load_peft refuses."""
+    return _plan(pathlib.Path(folder), spec, family)[0]
+
+
+def hash_peft(folder: str | os.PathLike) -> str:
+    """SHA-256 of an adapter's two files."""
+    return hf.hash_files([_existing(pathlib.Path(folder) / name) for name in (CONFIG_FILE, WEIGHTS_FILE)])
+
+
+def _plan(
+    folder: pathlib.Path, spec: DecoderSpec, family: ModuleType
+) -> tuple[LoraConfig, dict[tuple[int, str], dict[str, str]], list[assemble.Leaf], dict[str, Any]]:
+    """(config, (layer, target) -> part -> tensor name, what is there in full, the file's header), all checked."""
+    options = read_config(folder / CONFIG_FILE)
+    infos = read_header(_existing(folder / WEIGHTS_FILE))
+    placed: dict[tuple[int, str], dict[str, str]] = {}  # (layer, target) -> part -> tensor name
+    remaining = dict(infos)
+    for layer in range(spec.num_layers):
+        for target in TARGETS:
+            names = _tensor_names(family, target, layer, bool(options.get("use_dora")))
+            found = {part: name for part, name in names.items() if remaining.pop(name, None) is not None}
+            if missing := [name for part, name in names.items() if found and part not in found]:
+                raise CheckpointError(f"{folder}: {next(iter(found.values()))} has no partner {missing[0]}")
+            if found:
+                placed[layer, target] = found
+    whole = _whole(folder, options, remaining, spec, family)
+    if remaining:
+        raise ConfigError(f"{folder}: unsupported tensor {min(remaining)!r}: no adapted projection of this model")
+    config = _config(folder, options, placed, whole, spec, family)
+    shapes = jax.tree.map(lambda info: info.struct, abstract_adapters(config, spec), is_leaf=is_info)
+    for (layer, target), names in placed.items():  # before anything is allocated
+        slot = spec.locate(layer)
+        for part, name in names.items():
+            shape = shapes[slot.part][slot.key][TARGETS[target]][target][part].shape
+            wanted = (shape if slot.repeat is None else shape[1:])[::-1]  # transposed, no stack
+            if infos[name].shape != wanted:
+                raise CheckpointError(f"{folder}: {name} is {infos[name].shape}, the model and r need {wanted}")
+    for leaf in whole:
+        for name in (PREFIX + name for name in leaf.names):
+            if infos[name].shape != leaf.tensor_shape:
+                raise CheckpointError(f"{folder}: {name} is {infos[name].shape}, the model needs {leaf.tensor_shape}")
+    return config, placed, whole, infos
 
 
 def read_config(file: pathlib.Path) -> dict[str, Any]:
@@ -166,6 +211,9 @@ def read_config(file: pathlib.Path) -> dict[str, Any]:
     options = hf.read_json(_existing(file))
     if "peft_type" not in options:
         raise CheckpointError(f"{file}: no PEFT config (peft_type is missing)")
+    modules = options.get("modules_to_save")
+    if modules is not None and not (isinstance(modules, list) and all(isinstance(name, str) for name in modules)):
+        raise ConfigError(f"{file}: modules_to_save {modules!r} is not a list of modules")
     for name, value in sorted(options.items()):
         if name in ALLOWED:
             # By type too: 1 equals True.
@@ -182,8 +230,61 @@ def read_config(file: pathlib.Path) -> dict[str, Any]:
     return options
 
 
-def _config(folder: pathlib.Path, options: dict, placed: dict, spec: DecoderSpec, family: ModuleType) -> LoraConfig:
-    """The LoraConfig that names exactly the pairs in the file; refused where no LoraConfig does."""
+def _whole(
+    folder: pathlib.Path, options: dict, remaining: dict[str, Any], spec: DecoderSpec, family: ModuleType
+) -> list[assemble.Leaf]:
+    """The parameters that the file holds in full, taken out of `remaining`; of a kind all layers' or none."""
+    present = set(remaining)
+    plan = assemble.leaves(spec, family.tensor_name)
+    kinds = {leaf.path[-1] for leaf in plan if any(PREFIX + name in present for name in leaf.names)}
+    found = [leaf for leaf in plan if leaf.path[-1] in kinds]
+    if spec.tied:
+        _check_tied(folder, options, remaining, family)
+    for name in (PREFIX + name for leaf in found for name in leaf.names):
+        if name not in present:
+            raise ConfigError(f"{folder}: {name} is missing though other layers' are there: not supported")
+        del remaining[name]
+    for module in options.get("modules_to_save") or ():
+        if not any(_module_of(name).endswith(module) for name in present):
+            raise CheckpointError(f"{folder}: modules_to_save names {module}, {WEIGHTS_FILE} holds none")
+    return found
+
+
+def _check_tied(folder: pathlib.Path, options: dict, remaining: dict[str, Any], family: ModuleType) -> None:
+    """Drops the head that repeats the embedding; refuses an adapter that parts the two."""
+    embed, head = (PREFIX + family.tensor_name(path) for path in ("embed", "head"))
+    named = any(_module_of(embed).endswith(module) for module in options.get("modules_to_save") or ())
+    if embed in remaining and head in remaining:
+        parted = not np.array_equal(remaining[embed].view(embed), remaining.pop(head).view(head))
+    else:
+        parted = head in remaining or (embed in remaining and named and not options.get("ensure_weight_tying"))
+    if parted:
+        raise ConfigError(
+            f"{folder}: trains the embedding and the head apart, and this model has one matrix for both; PEFT's "
+            "ensure_weight_tying keeps them equal"
+        )
+
+
+def _modules_to_save(
+    whole: list[assemble.Leaf], config: LoraConfig, spec: DecoderSpec, family: ModuleType
+) -> list[str] | None:
+    """Names of the modules, as short as PEFT's matching of endings allows; ConfigError for a part of an adapted one."""
+    every = {_module_of(name) for leaf in assemble.leaves(spec, family.tensor_name) for name in leaf.names}
+    mine = {_module_of(name) for leaf in whole for name in leaf.names}
+    adapted = {_module(family, target, layer) for target in config.targets for layer in range(spec.num_layers)}
+    if both := sorted(mine & adapted):
+        raise ConfigError(f"{both[0]}: PEFT has no name for a bias that is trained beside an adapter; use --to=hf")
+    names = set()
+    for module in mine:
+        short = module.rpartition(".")[2]
+        names.add(short if all(other in mine for other in every if other.endswith(short)) else module)
+    return sorted(name for name in names if not any(name.endswith(other) for other in names - {name})) or None
+
+
+def _config(
+    folder: pathlib.Path, options: dict, placed: dict, whole: list, spec: DecoderSpec, family: ModuleType
+) -> LoraConfig:
+    """The LoraConfig that names exactly what is in the file; refused where no LoraConfig does."""
     targets = tuple(t for t in TARGETS if any(target == t for _, target in placed))
     layers = sorted({layer for layer, _ in placed})
     if not placed:
@@ -205,13 +306,19 @@ def _config(folder: pathlib.Path, options: dict, placed: dict, spec: DecoderSpec
     first, last = layers[0], layers[-1]
     if last - first + 1 != len(layers):
         raise ConfigError(f"{folder}: adapters on layers {layers} are not supported, only on one range of layers")
+    everywhere = isinstance(wanted, list) and not any("." in name for name in wanted)
+    everywhere = everywhere and not options.get("layers_to_transform") and not options.get("exclude_modules")
+    if everywhere and len(layers) < spec.num_layers:
+        raise ConfigError(f"{folder}: adapters of a model with {len(layers)} layers, this one has {spec.num_layers}")
     try:
         return LoraConfig(
             rank=options["r"],
             alpha=options["lora_alpha"],
             rslora=options.get("use_rslora", False),
+            dora=options.get("use_dora", False),
             dropout=options.get("lora_dropout", 0.0),
             targets=targets,
+            also_train=tuple(dict.fromkeys(leaf.path[-1] for leaf in whole)),
             layers=None if len(layers) == spec.num_layers else f"{first}:{last + 1}",
         )
     except KeyError as error:
@@ -227,9 +334,14 @@ def _module(family: ModuleType, target: str, layer: int) -> str:
     return family.tensor_name(f"{TARGETS[target]}.{target}", layer).removesuffix(".weight")
 
 
-def _tensor_names(family: ModuleType, target: str, layer: int) -> dict[str, str]:
-    module = _module(family, target, layer)
-    return {"a": f"{PREFIX}{module}.lora_A.weight", "b": f"{PREFIX}{module}.lora_B.weight"}
+def _module_of(tensor: str) -> str:
+    return tensor.rpartition(".")[0]
+
+
+def _tensor_names(family: ModuleType, target: str, layer: int, dora: bool) -> dict[str, str]:
+    module = PREFIX + _module(family, target, layer)
+    names = {"a": f"{module}.lora_A.weight", "b": f"{module}.lora_B.weight"}
+    return names | {"magnitude": f"{module}.lora_magnitude_vector"} if dora else names
 
 
 def _existing(file: pathlib.Path) -> pathlib.Path:

@@ -28,9 +28,10 @@ def curve(folder, mesh, devices, **sections):
     [
         ({}, MESH),
         ({"lora": {"rank": 4, "alpha": 8.0}, "algorithm": {"neftune_alpha": 5.0}}, MESH),
+        ({"lora": {"rank": 4, "alpha": 8.0, "dora": True, "also_train": ["embed", "norm"]}}, MESH),
         ({"model": ODD_VOCABULARY}, {"data": 2, "tensor": 4}),
     ],
-    ids=["full", "lora and noise", "odd vocabulary"],
+    ids=["full", "lora and noise", "dora", "odd vocabulary"],
 )
 def test_one_device_equals_eight(tmp_path, sections, mesh):
     alone = curve(tmp_path / "one", {"data": 1}, jax.devices()[:1], **sections)

@@ -24,8 +24,11 @@ CONFIG = {
 TOKENS = [[5, 1, 44, 3, 17, 29, 2, 8, 40, 11], [7, 7, 23, 0, 31, 46, 12, 9, 1, 20]]
 
 
-def weights() -> dict[str, np.ndarray]:
-    """HF name -> f32 array as HF stores it, [out, in]. RandomState's stream is frozen by numpy's policy."""
+def weights(tied: bool = False) -> dict[str, np.ndarray]:
+    """HF name -> f32 array as HF stores it, [out, in]. RandomState's stream is frozen by numpy's policy.
+
+    tied: the same model without a head of its own.
+    """
     random = np.random.RandomState(20)
     d, f, v = CONFIG["hidden_size"], CONFIG["intermediate_size"], CONFIG["vocab_size"]
     q = CONFIG["num_attention_heads"] * CONFIG["head_dim"]
@@ -50,4 +53,5 @@ def weights() -> dict[str, np.ndarray]:
             return 1 + random.uniform(-0.2, 0.2, shape).astype(np.float32)
         return (random.uniform(-1, 1, shape) * np.sqrt(3 / shape[-1])).astype(np.float32)
 
-    return {name: draw(shape) for name, shape in shapes.items()}
+    values = {name: draw(shape) for name, shape in shapes.items()}
+    return {name: value for name, value in values.items() if not (tied and name == "lm_head.weight")}
