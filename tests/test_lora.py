@@ -346,8 +346,12 @@ def test_equal_on_eight_devices(config, adapters):
     there = jax.device_put(adapters, sharding.tree_shardings(lora.abstract_adapters(config, SPEC), rules))
     got, grads = loss_and_grads(there, base, config, decoder.Options(rules=rules))
     np.testing.assert_allclose(got, want, rtol=1e-6)
-    for ours, theirs in zip(jax.tree.leaves(grads), jax.tree.leaves(want_grads), strict=True):
-        np.testing.assert_allclose(ours, theirs, atol=2e-6 * np.abs(theirs).max())
+    worst = max(
+        float(np.abs(ours - theirs).max() / np.abs(theirs).max())
+        for ours, theirs in zip(jax.tree.leaves(grads), jax.tree.leaves(want_grads), strict=True)
+    )
+    # DoRA divides by lengths whose squares are summed over a dimension that the mesh splits: a few more roundings.
+    assert worst <= (4e-6 if config.dora else 2e-6)
     down = there["blocks"]["0"]["mlp"]["down"]
     assert down["a"].sharding.spec == jax.P(None, "tensor", None)
     assert down["b"].sharding.spec == jax.P(None, None, "fsdp")
