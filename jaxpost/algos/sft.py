@@ -22,6 +22,7 @@ class SFT(Algorithm):
     normalise: Normalise = "token"  # what every trainable token's loss is divided by
     constant: PosFloat | None = None  # the divisor of normalise: constant
     neftune_alpha: NonNegFloat = 0.0  # strength of uniform noise on embeddings in training (2310.05914); 5 is usual
+    z_loss: NonNegFloat = 0.0  # weight of the squared log-sum-exp of the logits (2204.02311); 1e-4 is usual
     ema_decay: PosFloat | None = None  # below 1: also keep averaged weights, in evaluation under eval/ema/
 
     @model_validator(mode="after")
@@ -52,12 +53,12 @@ class SFT(Algorithm):
         return batch.replace(weights=weights), state.scalars
 
     def loss(self, apply, params, frozen, batch, rng):
-        """sum of weights * nll (or dft), with entropy and accuracy under the same weights."""
+        """sum of weights * (nll or dft, and z-loss), with entropy and accuracy under the same weights."""
         weights = apply.join(params, frozen, "policy")
-        logprobs, entropy, correct = apply.target_stats(weights, batch, rng=rng, embed_noise=self.neftune_alpha)
-        loss, _ = sft_loss(logprobs, batch.weights, kind=self.kind)
+        stats = apply.target_stats(weights, batch, rng=rng, embed_noise=self.neftune_alpha)
+        loss, _ = sft_loss(stats.logprobs, batch.weights, kind=self.kind, z_loss=self.z_loss, lse=stats.lse)
         return loss, {
-            "nll": weighted_mean(-logprobs, batch.weights),
-            "entropy": weighted_mean(entropy, batch.weights),
-            "mean_token_accuracy": weighted_mean(correct, batch.weights),
+            "nll": weighted_mean(-stats.logprobs, batch.weights),
+            "entropy": weighted_mean(stats.entropy, batch.weights),
+            "mean_token_accuracy": weighted_mean(stats.correct, batch.weights),
         }

@@ -11,7 +11,7 @@ import jax
 from jaxpost import lora
 from jaxpost.models import decoder
 from jaxpost.models.spec import DecoderSpec
-from jaxpost.ops.logprobs import token_stats
+from jaxpost.ops.logprobs import TokenStats, token_stats
 from jaxpost.types import Batch
 
 
@@ -45,8 +45,8 @@ class Policy:
         temperature: float = 1.0,
         rng: jax.Array | None = None,
         embed_noise: float = 0.0,
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Of each target: logprob, entropy of its distribution (nats), and 1 where it is the most likely token.
+    ) -> TokenStats:
+        """Of each target: logprob, entropy of its distribution (nats), whether it is the likeliest token, log-sum-exp.
 
         f32[B,T] each, 0 where batch.mask is False. rng keys dropout and embed_noise (NEFTune's alpha); None is
         deterministic.

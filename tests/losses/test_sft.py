@@ -51,3 +51,12 @@ def test_errors_say_what():
         sft_loss(LP, W, kind="ppo")
     with pytest.raises(ValueError, match="differ in shape"):
         sft_loss(LP, W[0])
+
+
+def test_z_loss_by_hand():
+    lse = jnp.array([[2.0, jnp.nan], [-3.0, jnp.inf]])
+    loss, grad = jax.value_and_grad(lambda x: sft_loss(LP, W, z_loss=0.1, lse=x)[0])(lse)
+    np.testing.assert_allclose(loss, sft_loss(LP, W)[0] + 0.1 * (0.5 * 4 + 0.5 * 9), rtol=1e-6)
+    np.testing.assert_allclose(grad, [[0.2, 0.0], [-0.3, 0.0]], rtol=1e-6)
+    with pytest.raises(ValueError, match="z_loss needs lse of shape"):
+        sft_loss(LP, W, z_loss=0.1)

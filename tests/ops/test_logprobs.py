@@ -10,15 +10,15 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxpost.ops import logprobs as module
+from jaxpost.ops import logprobs_shard as module
 from jaxpost.ops.logprobs import token_logprobs, token_stats
 from tests import hlo
 
 SPECS = (P(("data", "fsdp"), None, None), P("tensor", "fsdp"), P(("data", "fsdp"), None))
 
 
-def by_hand(hidden, head, targets, a, b, softcap=None, temperature=1.0):
-    """((logprobs, entropy), (d_hidden, d_head)) in float64, for the cotangents a and b."""
+def by_hand(hidden, head, targets, a, b, softcap=None, temperature=1.0, c=0.0):
+    """((logprobs, entropy), (d_hidden, d_head)) in float64, for the cotangents a, b and c (of the log-sum-exp)."""
     hidden, head, a, b = (np.asarray(x, np.float64) for x in (hidden, head, a, b))
     z = hidden @ head.T
     ratio = np.tanh(z / softcap) if softcap else 0 * z
@@ -27,7 +27,7 @@ def by_hand(hidden, head, targets, a, b, softcap=None, temperature=1.0):
     logp = logits - top - np.log(np.exp(logits - top).sum(-1, keepdims=True))
     p, hit = np.exp(logp), np.arange(len(head)) == np.asarray(targets)[..., None]
     entropy = -(p * logp).sum(-1)
-    d_logits = a[..., None] * (hit - p) - b[..., None] * p * (logp + entropy[..., None])
+    d_logits = a[..., None] * (hit - p) - b[..., None] * p * (logp + entropy[..., None]) + c * p
     d_z = d_logits * (1 - ratio**2) / temperature
     d_head = d_z.reshape(-1, len(head)).T @ hidden.reshape(-1, hidden.shape[-1])
     return ((logp * hit).sum(-1), entropy), (d_z @ head, d_head)
@@ -93,6 +93,21 @@ def test_values_and_gradients_equal_the_plain_formula(small_chunks, shape, vocab
         values, grads = by_hand(hidden, head, targets, a, 0 * b if by_entropy is None else b, softcap, temperature)
         got = run(a, by_entropy, hidden, head, targets, wanted, **options)
         assert_close(got, (values, grads if wanted == (0, 1) else grads[wanted]))
+
+
+@pytest.mark.parametrize("wanted", [(0, 1), 0])
+def test_log_sum_exp_and_its_gradient(small_chunks, wanted):
+    hidden, head, targets, a, b = example()
+
+    def loss(hidden, head):
+        stats = token_stats(hidden, head, targets, tile=16, softcap=5.0, temperature=0.7)
+        return jnp.sum(a * stats.logprobs) + 0.3 * jnp.sum(stats.lse), stats
+
+    (_, stats), grads = jax.jit(jax.value_and_grad(loss, wanted, has_aux=True))(hidden, head)
+    logits = 5 * np.tanh(hidden.astype(np.float64) @ head.T / 5) / 0.7
+    np.testing.assert_allclose(stats.lse, np.log(np.exp(logits).sum(-1)), rtol=1e-6)
+    want = by_hand(hidden, head, targets, a, 0 * b, 5.0, 0.7, c=0.3)[1]
+    assert_close(grads, want if wanted == (0, 1) else want[0])
 
 
 def test_frozen_hidden_states(small_chunks):

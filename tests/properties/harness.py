@@ -24,6 +24,7 @@ from jaxpost.data.tasks import Example
 from jaxpost.models.decoder import Options
 from jaxpost.models.policy import Policy
 from jaxpost.models.spec import DecoderSpec, abstract_params, init_params
+from jaxpost.ops.logprobs import TokenStats
 from jaxpost.sharding import MeshConfig, make_mesh, rules_for, tree_shardings
 from jaxpost.step import init_state, make_step
 from jaxpost.types import Batch
@@ -78,7 +79,7 @@ def _sft() -> list[Case]:
         Case("sft", SFT(), units),
         Case("sft-lora", SFT(), units, lora.LoraConfig(rank=4)),
         Case("sft-dft", SFT(kind="dft"), units),
-        Case("sft-sequence", SFT(normalise="sequence"), units),
+        Case("sft-sequence-z", SFT(normalise="sequence", z_loss=0.01), units),
         Case("sft-sequence-of-one", SFT(normalise="sequence"), one, same_as=SFT()),
         Case("sft-constant-of-count", SFT(normalise="constant", constant=8.0), one, same_as=SFT()),
     ]
@@ -118,8 +119,8 @@ def spoilt(batch: Batch) -> Batch:
 class SpoiltPolicy(Policy):
     """A policy whose statistics are nan wherever they must not count."""
 
-    def target_stats(self, weights: Any, batch: Batch, **kwargs: Any) -> tuple:
-        return tuple(jnp.where(batch.mask, x, jnp.nan) for x in super().target_stats(weights, batch, **kwargs))
+    def target_stats(self, weights: Any, batch: Batch, **kwargs: Any) -> TokenStats:
+        return jax.tree.map(lambda x: jnp.where(batch.mask, x, jnp.nan), super().target_stats(weights, batch, **kwargs))
 
 
 # ---------------------------------------------------------------- the true step
