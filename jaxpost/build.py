@@ -12,7 +12,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxpost import flops, lora, manifest, rundir
@@ -204,8 +203,9 @@ def build_job(
     )
     tx, schedule = make_optimizer(config.optim, total_steps, params)
     checkpointer = Checkpointer(config.run_dir, config.checkpoint)
-    shardings = _state_shardings(params, tx, algorithm, rules)
-    abstract = jax.eval_shape(lambda p: init_state(p, tx, algorithm.slow), params)
+    fresh = partial(init_state, tx=tx, slow=algorithm.slow, skip_spikes=config.loop.skip_spikes)
+    abstract = jax.eval_shape(fresh, params)
+    shardings = _state_shardings(abstract, params, rules)
     abstract = jax.tree.map(
         lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), abstract, shardings
     )
@@ -223,7 +223,7 @@ def build_job(
     )  # fmt: skip
     source = algorithm.source(ctx)
     if (step := checkpointer.latest()) is None:
-        state = jax.jit(lambda p: init_state(p, tx, algorithm.slow), out_shardings=shardings)(params)
+        state = jax.jit(fresh, out_shardings=shardings)(params)
         sinks.truncate(-1)  # lines of a start that was killed before its first save
     else:
         state, position, saved = checkpointer.restore(step, abstract, allow_fallback=allow_fallback)
@@ -243,6 +243,7 @@ def build_job(
         trainable=trainable_mask(config.optim, params),
         seed=config.seed,
         stochastic=stochastic,
+        skip_spikes=config.loop.skip_spikes,
     )
     peak = flops.peak_flops(jax.devices()[0].device_kind)
     adapter_params, full_params = (None, 0) if config.lora is None else lora.param_counts(config.lora, policy.spec)
@@ -337,7 +338,7 @@ def _adapters(config: Config, model: Model, base: Any) -> dict[str, Any]:
     return {"policy": init(key, base)}
 
 
-def _state_shardings(params: Any, tx: optax.GradientTransformation, algorithm: Any, rules: Rules) -> TrainState:
+def _state_shardings(state: TrainState, params: Any, rules: Rules) -> TrainState:
     """Moments and slow copies lie as their parameters do, factored moments (updates.py) as far as they reach; counters
     are everywhere."""
     whole = NamedSharding(rules.mesh, PartitionSpec())
@@ -354,13 +355,12 @@ def _state_shardings(params: Any, tx: optax.GradientTransformation, algorithm: A
         reaches = (axis if mine == its else None for axis, mine, its in zip(spec, leaf.shape, param.shape))
         return NamedSharding(rules.mesh, PartitionSpec(*reaches))
 
-    abstract = jax.eval_shape(lambda p: init_state(p, tx, algorithm.slow), params)
     return TrainState(
         step=whole,
         params=placed,
-        opt_state=jax.tree_util.tree_map_with_path(place, abstract.opt_state),
-        slow={role: placed[role] for role in algorithm.slow},
-        scalars=jax.tree.map(lambda _: whole, abstract.scalars),
+        opt_state=jax.tree_util.tree_map_with_path(place, state.opt_state),
+        slow={role: placed[role] for role in state.slow},
+        scalars=jax.tree.map(lambda _: whole, state.scalars),
     )
 
 

@@ -28,7 +28,8 @@ class LoopConfig:
     eval_every: NonNegInt = 0  # 0: only at the end
     eval_first: Bool = False  # evaluate the untouched model too
     save_every: NonNegInt = 0  # 0: only at the end
-    max_skipped_in_a_row: PosInt = 10  # non-finite updates, then the run stops
+    max_skipped_in_a_row: PosInt = 10  # refused updates, then the run stops
+    skip_spikes: PosFloat | None = None  # refuse updates this many deviations above the last 128 losses or norms; try 6
 
     @model_validator(mode="after")
     def _one_length(self):
@@ -58,7 +59,7 @@ class Job:
 def run(config: LoopConfig, job: Job) -> TrainState:
     """Train from job.state.step to job.total_steps; returns the last state. Saves and returns early on SIGTERM.
 
-    Raises TrainingError after config.max_skipped_in_a_row non-finite updates in a row.
+    Raises TrainingError after config.max_skipped_in_a_row refused updates in a row.
     """
     state, previous = job.state, None
     start = int(state.step)
@@ -116,8 +117,8 @@ def _log(config: LoopConfig, job: Job, clock: _Clock, step: int, metrics: Metric
         )
     if worst >= config.max_skipped_in_a_row:
         raise TrainingError(
-            f"step {step}: {worst} non-finite updates in a row (loop.max_skipped_in_a_row); lower "
-            "optim.learning_rate, or look at the rows named in logs/events.log"
+            f"step {step}: {worst} updates in a row were not finite or, under loop.skip_spikes, spikes "
+            "(loop.max_skipped_in_a_row); lower optim.learning_rate, or look at the rows named in logs/events.log"
         )
 
 

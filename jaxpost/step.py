@@ -10,15 +10,18 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxpost import spikes
 from jaxpost.types import Array, Batch, Frozen, Mean, Metrics, Stream, TrainState
 
 COUNTERS = ("skipped_steps", "skipped_in_a_row", "most_skipped_in_a_row")
 
 
-def init_state(params: dict, tx: optax.GradientTransformation, slow: dict) -> TrainState:
+def init_state(
+    params: dict, tx: optax.GradientTransformation, slow: dict, *, skip_spikes: float | None = None
+) -> TrainState:
     """A state at step 0. slow: role -> SlowRule; each slow copy starts as a copy of the role's weights.
 
-    An average is fp32 whatever the weights are: it moves by less than bf16 can hold.
+    An average is fp32 whatever the weights are: it moves by less than bf16 can hold. skip_spikes: make_step's.
     """
 
     def copy(rule: Any, x: Array) -> Array:
@@ -29,7 +32,7 @@ def init_state(params: dict, tx: optax.GradientTransformation, slow: dict) -> Tr
         params=params,
         opt_state=tx.init(params),
         slow={role: jax.tree.map(partial(copy, rule), params[role]) for role, rule in slow.items()},
-        scalars={name: jnp.zeros((), jnp.int32) for name in COUNTERS},
+        scalars={name: jnp.zeros((), jnp.int32) for name in COUNTERS} | ({} if skip_spikes is None else spikes.start()),
     )
 
 
@@ -44,6 +47,7 @@ def make_step(
     trainable: Any = None,
     seed: int = 0,
     stochastic: bool = False,
+    skip_spikes: float | None = None,
 ) -> Callable[[TrainState, Frozen, Batch], tuple[TrainState, Metrics]]:
     """(state, frozen, batch) -> (state, metrics): pure, to be jitted with the state donated.
 
@@ -51,7 +55,8 @@ def make_step(
     whose loss or gradient norm is not finite is not applied and counted in state.scalars; state.step advances all the
     same. schedule: the optimiser's, only to report its value. trainable: a tree of bools like params; the gradient of a
     leaf marked False is dropped before the norm is taken. stochastic: hand the loss a key, folded from (seed, step,
-    micro-batch); else its rng is None.
+    micro-batch); else its rng is None. skip_spikes: updates whose loss or norm lies that many standard deviations above
+    the last ones' (spikes.py) are not applied either.
     """
 
     def train_step(state: TrainState, frozen: Frozen, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -74,6 +79,9 @@ def make_step(
         params = optax.apply_updates(state.params, updates)
 
         good = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"])
+        if skip_spikes is not None:
+            good &= spikes.is_calm(state.scalars, metrics["loss"], norm, skip_spikes)
+            scalars = scalars | spikes.remember(state.scalars, metrics["loss"], norm)
         params, opt_state, scalars = _keep_if(
             good, (params, opt_state, scalars), (state.params, state.opt_state, state.scalars)
         )

@@ -15,7 +15,7 @@ FLOORS = {
     0: "errors types fields redact yaml_loader problems ops",
     1: "losses sharding",
     2: "models lora",
-    3: "data leaves groups updates optim checkpoint manifest rundir metrics metrics_plot step flops",
+    3: "data leaves groups updates optim checkpoint manifest rundir metrics metrics_plot spikes step flops",
     6: "algos",
     7: "evals",
     8: "loop",

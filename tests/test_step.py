@@ -1,4 +1,4 @@
-"""Slow copies: an EMA and a copy every k steps follow by hand, and a refused update moves neither."""
+"""Slow copies by hand; refused updates, non-finite ones and spikes, move nothing."""
 
 import dataclasses
 from typing import ClassVar
@@ -25,6 +25,10 @@ class Constant:
         return jnp.sum(batch) * (params["a"] + params["b"]), {}
 
 
+class WithoutSlow(Constant):
+    slow: ClassVar = {}
+
+
 def test_slow_copies_by_hand():
     tx = optax.sgd(1.0)
     step = jax.jit(make_step(Constant(), None, tx))
@@ -46,3 +50,25 @@ def test_an_average_of_bf16_weights_is_fp32():
     assert slow["a"].dtype == jnp.float32 and slow["b"].dtype == jnp.bfloat16
     moved = _move(rules["a"], slow["a"], params["a"] * 2, jnp.int32(1))
     np.testing.assert_allclose(moved, 1.001, rtol=1e-6)
+
+
+def test_a_spike_is_refused_and_costs_nothing_else():
+    tx = optax.sgd(1e-3)
+    values = [*(1 + 0.1 * np.sin(np.arange(40))), 100.0, 1.0, np.inf, 1.1]
+
+    def run(values, sigma):
+        step = jax.jit(make_step(WithoutSlow(), None, tx, skip_spikes=sigma))
+        state = init_state({"a": jnp.float32(2), "b": jnp.float32(3)}, tx, {}, skip_spikes=sigma)
+        weights, skipped = [], []
+        for value in values:
+            state, metrics = step(state, {}, jnp.array([value]))
+            weights.append(float(state.params["a"]))
+            skipped.append(int(metrics["skipped_steps"]))
+        return weights, skipped
+
+    weights, skipped = run(values, 6.0)
+    assert skipped[:40] == [0] * 40 and skipped[40:] == [1, 1, 2, 2]
+    assert weights[40] == weights[39] and weights[41] < weights[40]
+    calm = [value for value in values if value < 2]
+    assert run(calm, 6.0)[0] == run(calm, None)[0] == weights[:40] + [weights[41], weights[43]]
+    assert run(values[:41], None)[1][-1] == 0  # off: the same spike is applied

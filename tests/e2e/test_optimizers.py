@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 from jaxpost import train
-from jaxpost.algos.sft import SFT
 from jaxpost.build import _state_shardings, build_job, build_model, load_weights
 from jaxpost.errors import ConfigError
 from jaxpost.metrics import Sinks
@@ -19,6 +18,7 @@ from jaxpost.models.loading import ModelConfig
 from jaxpost.optim import OptimConfig, make_optimizer
 from jaxpost.rundir import RunLock
 from jaxpost.sharding import MeshConfig
+from jaxpost.step import init_state
 from tests import tiny
 
 run = functools.partial(train.run, devices=jax.devices()[:1])
@@ -123,7 +123,8 @@ def test_eight_devices_update_as_one_and_split_the_moments(tmp_path, name):
         model = build_model(source, mesh, None, jax.devices()[: 1 if mesh.data == 1 else 8])
         params = {"policy": load_weights(model)}
         tx, _ = make_optimizer(config, 10, params)
-        where = _state_shardings(params, tx, SFT(), model.rules)
+        abstract = jax.eval_shape(functools.partial(init_state, tx=tx, slow={}), params)
+        where = _state_shardings(abstract, params, model.rules)
         state = jax.jit(lambda p: tx.init(p), out_shardings=where.opt_state)(params)
         update = jax.jit(tx.update, out_shardings=(where.params, where.opt_state))
         for step in range(2):

@@ -106,7 +106,7 @@ def test_non_finite_updates_are_not_applied_and_end_the_run(tmp_path):
     before = algo.sft_loss
     algo.sft_loss = poisoned
     try:
-        with pytest.raises(TrainingError, match="3 non-finite updates in a row"):
+        with pytest.raises(TrainingError, match="3 updates in a row were not finite"):
             run(config)
     finally:
         algo.sft_loss = before
