@@ -12,7 +12,8 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from jaxpost.data import masks, template
-from jaxpost.data.tokenizer_files import TokenizerParts, read_parts
+from jaxpost.data.tokenizer_files import read_parts
+from jaxpost.data.tokenizer_parts import TokenizerParts, byte_tokens, mend_bytes
 from jaxpost.errors import DataError
 
 LossOn = Literal["assistant", "last", "completion", "all"]
@@ -51,6 +52,7 @@ class Tokenizer:
         self._backend = parts.backend
         self._templates = parts.templates
         self._source = source
+        self._check = parts.check
         self.specials = dict(parts.specials)
         vocab = self._backend.get_vocab(with_added_tokens=True)
         for name, token in self.specials.items():
@@ -64,6 +66,7 @@ class Tokenizer:
         self.pad_id: int = vocab[pad] if pad is not None else 0
         added = self._backend.get_added_tokens_decoder()
         self._added = np.asarray(list(added), np.int32)
+        self._bytes = byte_tokens(self._backend, vocab)
         self.stop_ids: tuple[int, ...] = self._find_stops(parts.stop_ids, added)
 
     def _find_stops(self, named: Sequence[int], added: Mapping[int, Any]) -> tuple[int, ...]:
@@ -105,6 +108,8 @@ class Tokenizer:
 
     def _encode(self, text: str) -> Any:
         try:
+            if self._check is not None:
+                self._check(text)
             return self._backend.encode(text, add_special_tokens=False)
         except (TypeError, UnicodeError, ValueError) as error:
             raise DataError(f"text that is not valid Unicode cannot be encoded: {error}") from None
@@ -114,8 +119,8 @@ class Tokenizer:
         return self._encode(text).ids
 
     def decode(self, ids: Sequence[int], skip_special: bool = False) -> str:
-        """Text of ids; bytes that are no UTF-8 become U+FFFD."""
-        return self._backend.decode([int(i) for i in ids], skip_special_tokens=skip_special)
+        """Text of ids; each byte that is no UTF-8 becomes U+FFFD."""
+        return self._backend.decode(mend_bytes([int(i) for i in ids], self._bytes), skip_special_tokens=skip_special)
 
     def token(self, index: int) -> str | None:
         """The vocabulary's own spelling of one id."""
