@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import itertools
+import os
 import pathlib
 from collections.abc import Sequence
 from functools import partial
@@ -81,7 +82,7 @@ def build_model(
 def open_model(source: str) -> tuple[Model, Any, Any]:
     """(model, base weights, adapters or None) of a run directory or a model source, on one device: to sample from."""
     run = source.removeprefix("ckpt:")
-    if source.startswith("ckpt:") or (pathlib.Path(source) / "config.yaml").is_file():
+    if source.startswith("ckpt:") or os.path.isfile(os.path.join(source, "config.yaml")):
         located = locate(f"ckpt:{run}")
         saved = load_saved(located.path)
         config = dataclasses.replace(saved.model, source=f"ckpt:{run}")

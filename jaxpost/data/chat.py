@@ -13,11 +13,13 @@ import numpy as np
 
 from jaxpost.data import masks, template
 from jaxpost.data.tokenizer_files import read_parts
-from jaxpost.data.tokenizer_parts import TokenizerParts, byte_tokens, mend_bytes
+from jaxpost.data.tokenizer_parts import TokenizerParts, byte_tokens, mend_bytes, tokenizers_errors
 from jaxpost.errors import DataError
 
 LossOn = Literal["assistant", "last", "completion", "all"]
 Messages = Sequence[Mapping[str, Any]]
+
+MAX_VOCABULARY = 1 << 24  # a sixteenth of it is large; a damaged file may give a token any id
 
 # End-of-turn tokens of public chat models. Folders without a generation_config.json name only the end of text; one of
 # these counts as a stop token where it is a special token that the model's own template writes.
@@ -57,8 +59,10 @@ class Tokenizer:
         vocab = self._backend.get_vocab(with_added_tokens=True)
         for name, token in self.specials.items():
             if token not in vocab:
-                raise DataError(f"tokenizer: {name} {token!r} is not in its vocabulary")
-        self.vocab_size = max(vocab.values()) + 1
+                raise DataError(f"tokenizer: {name} {token[:100]!r} is not in its vocabulary")
+        self.vocab_size = max(vocab.values(), default=-1) + 1
+        if not 0 < self.vocab_size <= MAX_VOCABULARY:
+            raise DataError(f"tokenizer: {self.vocab_size} tokens; expected 1 to {MAX_VOCABULARY}")
         self.bos_id, self.eos_id = (
             vocab[self.specials[name]] if name in self.specials else None for name in ("bos_token", "eos_token")
         )
@@ -98,7 +102,8 @@ class Tokenizer:
     @property
     def adds_bos(self) -> bool:
         """Whether plain text begins with BOS for this model."""
-        return self.bos_id is not None and self._backend.encode("a").ids[0] == self.bos_id
+        with tokenizers_errors("the tokenizer's post-processor fails"):
+            return self.bos_id is not None and self._backend.encode("a").ids[:1] == [self.bos_id]
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -108,11 +113,13 @@ class Tokenizer:
 
     def _encode(self, text: str) -> Any:
         try:
+            text.encode("utf-8")
+        except (AttributeError, UnicodeError) as error:
+            raise DataError(f"text that is not valid Unicode cannot be encoded: {error}") from None
+        with tokenizers_errors("text that the tokenizer cannot encode"):
             if self._check is not None:
                 self._check(text)
             return self._backend.encode(text, add_special_tokens=False)
-        except (TypeError, UnicodeError, ValueError) as error:
-            raise DataError(f"text that is not valid Unicode cannot be encoded: {error}") from None
 
     def encode(self, text: str) -> list[int]:
         """Ids of text; special tokens written in the text become their ids, none is added."""
@@ -120,7 +127,9 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int], skip_special: bool = False) -> str:
         """Text of ids; each byte that is no UTF-8 becomes U+FFFD."""
-        return self._backend.decode(mend_bytes([int(i) for i in ids], self._bytes), skip_special_tokens=skip_special)
+        ids = mend_bytes([int(i) for i in ids], self._bytes)
+        with tokenizers_errors("ids that the tokenizer cannot decode"):
+            return self._backend.decode(ids, skip_special_tokens=skip_special)
 
     def token(self, index: int) -> str | None:
         """The vocabulary's own spelling of one id."""
@@ -326,4 +335,7 @@ def _load(path: str, chat_template: str | None) -> Tokenizer:
             parts.templates = {"default": Path(chat_template).expanduser().read_text(encoding="utf-8")}
         except (OSError, UnicodeDecodeError) as error:
             raise DataError(f"chat template {chat_template!r} cannot be read: {error}") from error
-    return Tokenizer(parts, (path, chat_template))
+    try:
+        return Tokenizer(parts, (path, chat_template))
+    except DataError as error:
+        raise DataError(f"tokenizer {path!r}: {str(error).removeprefix('tokenizer: ')}") from None

@@ -98,11 +98,12 @@ class Parquet:
             with pq.ParquetFile(name) as source, pa.OSFile(self._path, "wb") as sink:
                 with pa.ipc.new_file(sink, source.schema_arrow) as writer:
                     sizes = []
-                    for batch in source.iter_batches(batch_size=1024):
+                    # One thread: a damaged file was once seen to stall in the pool (one read of 60,000, not repeated).
+                    for batch in source.iter_batches(batch_size=1024, use_threads=False):
                         writer.write_batch(batch)
                         sizes.append(batch.num_rows)
-        except (pa.ArrowException, OSError) as error:
-            raise DataError(f"{name}: not a readable parquet file: {error}") from None
+        except (pa.ArrowException, OSError, ValueError) as error:  # ValueError: a column's name is no UTF-8
+            raise DataError(f"{name}: not a readable parquet file: {' '.join(str(error).split())[:300]}") from None
         self._ends = np.cumsum(sizes, dtype=np.int64)
         self.fingerprint = _digest(name)
 

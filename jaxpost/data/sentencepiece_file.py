@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxpost.data.tokenizer_parts import TokenizerParts, add_bos
+from jaxpost.data.tokenizer_parts import TokenizerParts, add_bos, one_line, tokenizers_errors
 from jaxpost.errors import DataError
 
 SPACE = "\u2581"  # how sentencepiece writes a space in its pieces
@@ -62,7 +62,7 @@ def _parse(file: Path) -> Any:
     try:
         proto.ParseFromString(file.read_bytes())
     except (DecodeError, RuntimeError, ValueError) as error:
-        raise DataError(f"{file}: not a sentencepiece model: {str(error)[:200]}") from None
+        raise DataError(f"{file}: not a sentencepiece model: {one_line(error)}") from None
     if not 0 < len(proto.pieces) <= MAX_PIECES:
         raise DataError(f"{file}: not a sentencepiece model: it has {len(proto.pieces)} pieces")
     return proto
@@ -99,11 +99,15 @@ def _check_supported(proto: Any, kinds: Any, file: Path) -> None:
     wanted = [f"<0x{value:02X}>" for value in range(256)] if trainer.byte_fallback else []
     if sorted(byte_pieces) != wanted:
         raise refuse(f"damaged: {len(byte_pieces)} byte pieces, expected {len(wanted)}")
+    merges = trainer.model_type == trainer.ModelType.BPE
+    characters = {piece.piece for piece in pieces if piece.type == kinds.NORMAL and len(piece.piece) == 1}
     for piece in pieces:
-        if piece.type not in (kinds.USER_DEFINED, kinds.CONTROL, kinds.NORMAL, kinds.BYTE, kinds.UNKNOWN):
-            raise refuse(f"damaged: {piece.piece[:50]!r} has the unknown type {piece.type}")
         if piece.type == kinds.NORMAL and wanted and "<0" in piece.piece:
             raise refuse(f"the piece {piece.piece[:50]!r} cannot be told from a byte piece")
+        if piece.type == kinds.NORMAL and merges and not characters >= {*piece.piece}:
+            raise refuse(f"damaged: {piece.piece[:50]!r} holds a character that is no piece")
+        if piece.type not in (kinds.USER_DEFINED, kinds.CONTROL, kinds.NORMAL, kinds.BYTE, kinds.UNKNOWN):
+            raise refuse(f"damaged: {piece.piece[:50]!r} has the unknown type {piece.type}")
 
 
 def _model(proto: Any, kinds: Any) -> Any:
@@ -136,7 +140,7 @@ def _text_steps(backend: Any, proto: Any, file: Path) -> None:
     spec, trainer = proto.normalizer_spec, proto.trainer_spec
     prefix, trims = spec.add_dummy_prefix, spec.remove_extra_whitespaces
     steps = [_charsmap(spec.precompiled_charsmap, file)] if spec.precompiled_charsmap else []
-    if _joins_lines(proto):
+    if _joins_lines(proto, file):
         steps.insert(0, normalizers.Replace("\r\n", "\n"))
     if trims:
         steps += [normalizers.Replace(Regex(" {2,}"), " "), normalizers.Replace(Regex(rf"[ {SPACE}]+\z"), "")]
@@ -170,24 +174,25 @@ def _check_symbol(backend: Any, symbol: str, prefix: bool, file: Path) -> None:
 def _charsmap(blob: bytes, file: Path) -> Any:
     from tokenizers import normalizers
 
-    try:
+    with tokenizers_errors(f"{file}: damaged character map"):
         return normalizers.Precompiled(blob)
-    except Exception as error:  # the library raises bare Exception
-        raise DataError(f"{file}: damaged character map: {str(error)[:200]}") from None
 
 
-def _joins_lines(proto: Any) -> bool:
+def _joins_lines(proto: Any, file: Path) -> bool:
     """Whether CR LF ends as one space. The character map does not know the two as one cluster, so LF stands for it."""
     spec = proto.normalizer_spec
-    return bool(spec.precompiled_charsmap) and spec.remove_extra_whitespaces and _theirs(proto)("\r\n") == "  "
+    return bool(spec.precompiled_charsmap) and spec.remove_extra_whitespaces and _theirs(proto, file)("\r\n") == "  "
 
 
-def _theirs(proto: Any) -> Callable[[str], str]:
+def _theirs(proto: Any, file: Path) -> Callable[[str], str]:
     """sentencepiece's own character map, white space left alone."""
     from sentencepiece import SentencePieceNormalizer
 
     plain = {"add_dummy_prefix": False, "escape_whitespaces": False, "remove_extra_whitespaces": False}
-    return SentencePieceNormalizer(model_proto=proto.SerializeToString(), **plain).normalize
+    try:
+        return SentencePieceNormalizer(model_proto=proto.SerializeToString(), **plain).normalize
+    except RuntimeError as error:
+        raise DataError(f"{file}: damaged character map: {one_line(error)}") from None
 
 
 def _charsmap_check(proto: Any, file: Path) -> Callable[[str], None]:
@@ -196,7 +201,7 @@ def _charsmap_check(proto: Any, file: Path) -> Callable[[str], None]:
     tokenizers looks up whole grapheme clusters, sentencepiece the longest match: they differ for rare sequences, such
     as a letter with two accents of which the map knows one.
     """
-    theirs, joins = _theirs(proto), _joins_lines(proto)
+    theirs, joins = _theirs(proto, file), _joins_lines(proto, file)
     ours = _charsmap(proto.normalizer_spec.precompiled_charsmap, file)
 
     def check(text: str) -> None:

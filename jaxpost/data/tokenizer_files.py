@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 from pathlib import Path
 
 from jaxpost.data.sentencepiece_file import read_sentencepiece
-from jaxpost.data.tokenizer_parts import TokenizerParts, add_bos
-from jaxpost.errors import CheckpointError, ConfigError, DataError
+from jaxpost.data.tokenizer_parts import TokenizerParts, add_bos, tokenizers_errors
+from jaxpost.errors import DataError
 from jaxpost.models.gguf_reader import read_gguf
 
 SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
@@ -24,15 +25,15 @@ def resolve(path: str) -> Path:
         if not files:
             raise DataError(NEEDED_SMOLLM2)
         return files[0]
-    return Path(path.removeprefix("gguf:")).expanduser()
+    return Path(os.path.expanduser(path.removeprefix("gguf:")))
 
 
 def read_parts(path: str) -> TokenizerParts:
     """Reads a tokenizer by what its path is: a folder, FILE.gguf or FILE.model."""
     file = resolve(path)
-    if not file.exists():
+    if not os.path.exists(file):  # False for what cannot be a path, too
         raise DataError(f"tokenizer {path!r}: no such file or folder")
-    try:
+    with tokenizers_errors(f"tokenizer {path!r}: cannot be read"):
         if file.is_dir():
             if (file / "tokenizer.json").exists():
                 return read_folder(file)
@@ -45,10 +46,6 @@ def read_parts(path: str) -> TokenizerParts:
             return read_sentencepiece(file)
         if file.name == "tokenizer.json":
             return read_folder(file.parent)
-    except (CheckpointError, ConfigError) as error:
-        raise DataError(f"tokenizer {path!r}: {error}") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"tokenizer {path!r}: cannot be read: {type(error).__name__}: {error}") from error
     raise DataError(f"tokenizer {path!r}: expected a folder with tokenizer.json, FILE.gguf or FILE.model")
 
 
@@ -57,10 +54,8 @@ def read_folder(folder: Path) -> TokenizerParts:
     from tokenizers import Tokenizer as Backend
 
     text = (folder / "tokenizer.json").read_text(encoding="utf-8")
-    try:
+    with tokenizers_errors(str(folder / "tokenizer.json")):
         backend = Backend.from_str(text)
-    except Exception as error:  # the library raises bare Exception
-        raise DataError(f"{folder / 'tokenizer.json'}: {error}") from error
     backend.no_truncation()
     backend.no_padding()
     return _with_folder_config(TokenizerParts(backend, {}), folder)
@@ -85,7 +80,10 @@ def _with_folder_config(parts: TokenizerParts, folder: Path) -> TokenizerParts:
     stops: list[int] = []
     for name in ("generation_config.json", "config.json"):
         eos = _json(folder / name).get("eos_token_id")
-        stops += eos if isinstance(eos, list) else [] if eos is None else [eos]
+        found = eos if isinstance(eos, list) else [] if eos is None else [eos]
+        if not all(type(index) is int for index in found):
+            raise DataError(f"{folder / name}: eos_token_id {str(eos)[:50]!r} is no token id")
+        stops += found
     parts.stop_ids = tuple(dict.fromkeys(stops))
     return parts
 

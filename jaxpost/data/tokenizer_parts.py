@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
+
+from jaxpost.errors import CheckpointError, ConfigError, DataError
 
 
 @dataclasses.dataclass
@@ -17,6 +20,27 @@ class TokenizerParts:
     templates: dict[str, str] = dataclasses.field(default_factory=dict)
     stop_ids: tuple[int, ...] = ()
     check: Callable[[str], None] | None = None  # raises DataError for text that backend would encode otherwise
+
+
+@contextlib.contextmanager
+def tokenizers_errors(what: str) -> Iterator[None]:
+    """Whatever reading foreign files raises becomes DataError(what: ..): the tokenizers library raises bare Exception
+    and, where its Rust code gives up, a panic that is no Exception at all."""
+    try:
+        yield
+    except (CheckpointError, ConfigError) as error:
+        raise DataError(f"{what}: {error}") from None
+    except DataError:
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise DataError(f"{what}: {type(error).__name__}: {one_line(error)}") from None
+
+
+def one_line(error: BaseException) -> str:
+    """What an error says, short enough for a terminal."""
+    return " ".join(str(error).split())[:300]
 
 
 def add_bos(backend: Any, token: str) -> None:
