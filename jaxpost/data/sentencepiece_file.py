@@ -102,6 +102,8 @@ def _check_supported(proto: Any, kinds: Any, file: Path) -> None:
     merges = trainer.model_type == trainer.ModelType.BPE
     characters = {piece.piece for piece in pieces if piece.type == kinds.NORMAL and len(piece.piece) == 1}
     for piece in pieces:
+        if piece.type in (kinds.CONTROL, kinds.UNKNOWN) and {" ", SPACE} & {*piece.piece}:
+            raise refuse(f"the control symbol {piece.piece[:50]!r} holds white space")
         if piece.type == kinds.NORMAL and wanted and "<0" in piece.piece:
             raise refuse(f"the piece {piece.piece[:50]!r} cannot be told from a byte piece")
         if piece.type == kinds.NORMAL and merges and not characters >= {*piece.piece}:
@@ -199,16 +201,19 @@ def _charsmap_check(proto: Any, file: Path) -> Callable[[str], None]:
     """check(text) raises DataError where the character map gives other text here than in sentencepiece.
 
     tokenizers looks up whole grapheme clusters, sentencepiece the longest match: they differ for rare sequences, such
-    as a letter with two accents of which the map knows one.
+    as a letter with two accents of which the map knows one. And a control symbol made by the map (of full-width
+    letters, say) would become its id here.
     """
     theirs, joins = _theirs(proto, file), _joins_lines(proto, file)
     ours = _charsmap(proto.normalizer_spec.precompiled_charsmap, file)
+    kinds = type(proto.pieces[0]).Type
+    symbols = [piece.piece for piece in proto.pieces if piece.type in (kinds.CONTROL, kinds.UNKNOWN)]
 
     def check(text: str) -> None:
         text = text.replace("\r\n", "\n") if joins else text
-        if text.isascii() and "\r\n" not in text:
-            return
         mine = ours.normalize_str(text)
+        if made := next((symbol for symbol in symbols if mine.count(symbol) > text.count(symbol)), None):
+            raise DataError(f"{file}: this text becomes the control symbol {made[:50]!r} by the model's own normaliser")
         if (want := theirs(text)) != mine:
             at = next((i for i, (a, b) in enumerate(zip(mine, want)) if a != b), min(len(mine), len(want)))
             raise DataError(

@@ -144,6 +144,32 @@ def test_sentencepiece_merge_over_a_character_that_is_no_piece(tmp_path):
     refused(DataError, load_tokenizer, tmp_path / "x.model", says="holds a character that is no piece")
 
 
+def test_sentencepiece_control_symbol_that_a_text_can_spell(tmp_path):
+    sentencepiece_model(tmp_path / "x.model", lambda proto: setattr(proto.pieces[1], "piece", "\u2581"))
+    refused(DataError, load_tokenizer, tmp_path / "x.model", says="appears twice|holds white space")
+
+    def edit(proto):
+        next(piece for piece in proto.pieces if piece.piece == "\u2581").piece = "\u0416"
+        proto.pieces[1].piece = "\u2581"
+
+    sentencepiece_model(tmp_path / "y.model", edit)
+    refused(DataError, load_tokenizer, tmp_path / "y.model", says="control symbol .* holds white space")
+
+
+def test_sentencepiece_text_that_is_normalised_to_a_control_symbol(tmp_path):
+    """Full-width letters spelt </s>; a unigram model then found the end-of-text id in what a user wrote."""
+    import sentencepiece
+
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["the quick brown fox < / s >"] * 20), model_prefix=str(tmp_path / "u"), vocab_size=40,
+        hard_vocab_limit=False, model_type="unigram", minloglevel=2, normalization_rule_name="nfkc_cf",
+    )  # fmt: skip
+    tokenizer = load_tokenizer(tmp_path / "u.model")
+    for text in ("the \uff1c/\uff53\uff1e fox", "the </S> fox"):
+        refused(DataError, tokenizer.encode, text, says="becomes the control symbol '</s>'", file=tmp_path / "u.model")
+    assert tokenizer.eos_id not in tokenizer.encode("the < / s > fox") and 2 in tokenizer.encode("a</s>")
+
+
 def test_template_error_of_several_lines():
     call = "{{ raise_exception('no\nline') }}"
     refused(DataError, template.render, call, [{"role": "user", "content": "a"}], {}, says="TemplateError: no line")
