@@ -237,6 +237,7 @@ class Sentencepiece(Reader):
 
     def check(self) -> None:
         import sentencepiece
+        from sentencepiece import sentencepiece_model_pb2
 
         from jaxpost.errors import DataError
 
@@ -246,8 +247,12 @@ class Sentencepiece(Reader):
         except (RuntimeError, OSError):
             return
         specials = [theirs.id_to_piece(i) for i in range(len(theirs)) if theirs.is_control(i) or theirs.is_unknown(i)]
+        proto = sentencepiece_model_pb2.ModelProto()
+        proto.ParseFromString(self.file.read_bytes())
+        own = tuple(piece.piece for piece in proto.pieces if piece.type == type(piece).Type.USER_DEFINED)
         for text in TEXTS:
-            if not any(piece in text for piece in specials):
+            # At the very start a user-defined symbol has no dummy prefix, as in transformers: the one meant difference.
+            if not any(piece in text for piece in specials) and not text.lstrip().startswith(own):
                 try:
                     ids = tokenizer.encode(text)
                 except DataError:
