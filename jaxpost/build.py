@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import itertools
+import os
 import pathlib
 from collections.abc import Sequence
 from functools import partial
@@ -94,7 +95,7 @@ def open_model(source: str, weights: str = "policy") -> tuple[Model, Any, Any]:
     weights: of a run, see load_run.
     """
     run = source.removeprefix("ckpt:")
-    if source.startswith("ckpt:") or (pathlib.Path(source) / "config.yaml").is_file():
+    if source.startswith("ckpt:") or os.path.isfile(os.path.join(source, "config.yaml")):
         located = locate(f"ckpt:{run}")
         saved = load_saved(located.path)
         config = dataclasses.replace(saved.model, source=f"ckpt:{run}")

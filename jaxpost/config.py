@@ -164,7 +164,7 @@ def load_saved(run_dir: str | os.PathLike) -> Config:
     draft = compose.read(file)
     draft.tree = compose.unescape(draft.tree)
     method = draft.tree.get("algorithm")
-    if isinstance(method, dict) and method.get("name") not in registry():
+    if isinstance(method, dict) and isinstance(method.get("name"), str) and method["name"] not in registry():
         draft.tree["algorithm"] = {"name": "sft"}
     section = draft.tree.get("eval")
     if isinstance(section, dict):

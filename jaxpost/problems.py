@@ -84,7 +84,8 @@ def one_line(problems: list[Problem], where: Callable[[Path], str | None]) -> st
     """The first problem with its place, and how many more there are."""
     first = problems[0]
     place = where(first.path)
-    text = f"{show(first.path)}: {first.reason}"
+    reason = first.reason if len(first.reason) <= 600 else f"{first.reason[:400]} ... {first.reason[-150:]}"
+    text = f"{show(first.path)}: {reason}"
     text = f"{place}: {text}" if place and place != COMMAND_LINE else f"{text} ({place})" if place else text
     return text + (f" (and {len(problems) - 1} more)" if len(problems) > 1 else "")
 

@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by quickstart.sh and test.sh: makes an environment of its own and installs jaxpost into it.
 #   environment EXTRA     leaves $python: the environment's interpreter
 # JAXPOST_VENV names another folder than .venv; PYTHON another interpreter; JAXPOST_EXTRAS=cuda|tpu the accelerator's jax.

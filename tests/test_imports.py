@@ -32,6 +32,7 @@ OWNERS = {  # library -> the files that may import it, and only inside a functio
     "tensorflow_datasets": {"data"},
     "tokenizers": {"data"},
     "sentencepiece": {"data"},
+    "google": {"data"},  # protobuf: a sentencepiece model is a message
     "jinja2": {"data"},
     "pyarrow": {"data"},
     "orbax": {"checkpoint"},

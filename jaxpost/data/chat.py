@@ -12,11 +12,14 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from jaxpost.data import masks, template
-from jaxpost.data.tokenizer_files import TokenizerParts, read_parts
+from jaxpost.data.tokenizer_files import read_parts
+from jaxpost.data.tokenizer_parts import TokenizerParts, byte_tokens, mend_bytes, tokenizers_errors
 from jaxpost.errors import DataError
 
 LossOn = Literal["assistant", "last", "completion", "all"]
 Messages = Sequence[Mapping[str, Any]]
+
+MAX_VOCABULARY = 1 << 24  # a sixteenth of it is large; a damaged file may give a token any id
 
 # End-of-turn tokens of public chat models. Folders without a generation_config.json name only the end of text; one of
 # these counts as a stop token where it is a special token that the model's own template writes.
@@ -58,12 +61,15 @@ class Tokenizer:
         self._backend = parts.backend
         self._templates = parts.templates
         self._source = source
+        self._check = parts.check
         self.specials = dict(parts.specials)
         vocab = self._backend.get_vocab(with_added_tokens=True)
         for name, token in self.specials.items():
             if token not in vocab:
-                raise DataError(f"tokenizer: {name} {token!r} is not in its vocabulary")
-        self.vocab_size = max(vocab.values()) + 1
+                raise DataError(f"tokenizer: {name} {token[:100]!r} is not in its vocabulary")
+        self.vocab_size = max(vocab.values(), default=-1) + 1
+        if not 0 < self.vocab_size <= MAX_VOCABULARY:
+            raise DataError(f"tokenizer: {self.vocab_size} tokens; expected 1 to {MAX_VOCABULARY}")
         self.bos_id, self.eos_id = (
             vocab[self.specials[name]] if name in self.specials else None for name in ("bos_token", "eos_token")
         )
@@ -71,6 +77,7 @@ class Tokenizer:
         self.pad_id: int = vocab[pad] if pad is not None else 0
         added = self._backend.get_added_tokens_decoder()
         self._added = np.asarray(list(added), np.int32)
+        self._bytes = byte_tokens(self._backend, vocab)
         self.stop_ids: tuple[int, ...] = self._find_stops(parts.stop_ids, added)
 
     def _find_stops(self, named: Sequence[int], added: Mapping[int, Any]) -> tuple[int, ...]:
@@ -102,7 +109,8 @@ class Tokenizer:
     @property
     def adds_bos(self) -> bool:
         """Whether plain text begins with BOS for this model."""
-        return self.bos_id is not None and self._backend.encode("a").ids[0] == self.bos_id
+        with tokenizers_errors("the tokenizer's post-processor fails"):
+            return self.bos_id is not None and self._backend.encode("a").ids[:1] == [self.bos_id]
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -112,17 +120,23 @@ class Tokenizer:
 
     def _encode(self, text: str) -> Any:
         try:
-            return self._backend.encode(text, add_special_tokens=False)
-        except (TypeError, UnicodeError, ValueError) as error:
+            text.encode("utf-8")
+        except (AttributeError, UnicodeError) as error:
             raise DataError(f"text that is not valid Unicode cannot be encoded: {error}") from None
+        with tokenizers_errors("text that the tokenizer cannot encode"):
+            if self._check is not None:
+                self._check(text)
+            return self._backend.encode(text, add_special_tokens=False)
 
     def encode(self, text: str) -> list[int]:
         """Ids of text; special tokens written in the text become their ids, none is added."""
         return self._encode(text).ids
 
     def decode(self, ids: Sequence[int], skip_special: bool = False) -> str:
-        """Text of ids; bytes that are no UTF-8 become U+FFFD."""
-        return self._backend.decode([int(i) for i in ids], skip_special_tokens=skip_special)
+        """Text of ids; each byte that is no UTF-8 becomes U+FFFD."""
+        ids = mend_bytes([int(i) for i in ids], self._bytes)
+        with tokenizers_errors("ids that the tokenizer cannot decode"):
+            return self._backend.decode(ids, skip_special_tokens=skip_special)
 
     def token(self, index: int) -> str | None:
         """The vocabulary's own spelling of one id."""
@@ -331,4 +345,7 @@ def _load(path: str, chat_template: str | None, date: str | None) -> Tokenizer:
             parts.templates = {"default": Path(chat_template).expanduser().read_text(encoding="utf-8")}
         except (OSError, UnicodeDecodeError) as error:
             raise DataError(f"chat template {chat_template!r} cannot be read: {error}") from error
-    return Tokenizer(parts, (path, chat_template, date), date)
+    try:
+        return Tokenizer(parts, (path, chat_template, date), date)
+    except DataError as error:
+        raise DataError(f"tokenizer {path!r}: {str(error).removeprefix('tokenizer: ')}") from None

@@ -98,11 +98,12 @@ class Parquet:
             with pq.ParquetFile(name) as source, pa.OSFile(self._path, "wb") as sink:
                 with pa.ipc.new_file(sink, source.schema_arrow) as writer:
                     sizes = []
-                    for batch in source.iter_batches(batch_size=1024):
+                    # One thread: a damaged file was once seen to stall in the pool (one read of 60,000, not repeated).
+                    for batch in source.iter_batches(batch_size=1024, use_threads=False):
                         writer.write_batch(batch)
                         sizes.append(batch.num_rows)
-        except (pa.ArrowException, OSError) as error:
-            raise DataError(f"{name}: not a readable parquet file: {error}") from None
+        except (pa.ArrowException, OSError, ValueError) as error:  # ValueError: a column's name is no UTF-8
+            raise DataError(f"{name}: not a readable parquet file: {' '.join(str(error).split())[:300]}") from None
         self._ends = np.cumsum(sizes, dtype=np.int64)
         self.fingerprint = _digest(name)
 
@@ -141,7 +142,10 @@ class Tfds:
         self.split = split
         self._source = None
         info = self._open().dataset_info
-        self._size = len(self._open())
+        try:
+            self._size = len(self._open())
+        except ValueError:  # of train[5:2]
+            raise DataError(f"tfds:{name}: split {split} ends before it begins") from None
         # No content hash is stored beside the records: version, split and sizes stand in for one.
         text = f"{info.full_name} {split} {self._size} {info.splits[split.split('[')[0]].num_bytes}"
         self.fingerprint = hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -178,6 +182,8 @@ class Tfds:
             record = _plain(source[index], source.dataset_info.features)
         except UnicodeDecodeError as error:
             raise RowError(f"not UTF-8: {error.reason} at byte {error.start + 1}") from None
+        except (IndexError, KeyError, TypeError, ValueError) as error:
+            raise RowError(f"does not fit its data set's features: {error}") from None
         check_values(record)
         return record
 
@@ -190,9 +196,7 @@ def _plain(value: Any, feature: Any = None) -> Any:
     if isinstance(value, dict):
         inner = getattr(feature, "feature", None)  # of a Sequence: the feature of one element
         if inner is not None:
-            columns = {key: _plain(item) for key, item in value.items()}
-            count = len(next(iter(columns.values()), []))
-            return [{key: column[i] for key, column in columns.items()} for i in range(count)]
+            return [_plain(_element(value, i), inner) for i in range(_length(value))]
         return {key: _plain(item, feature[key] if feature is not None else None) for key, item in value.items()}
     if isinstance(value, np.ndarray):
         return _plain(value.tolist())
@@ -201,6 +205,21 @@ def _plain(value: Any, feature: Any = None) -> Any:
     if isinstance(value, np.generic):
         return _plain(value.item())
     return value.decode("utf-8") if isinstance(value, bytes) else value
+
+
+def _element(value: Any, index: int) -> Any:
+    """Element index of a sequence that is stored as columns, of any depth."""
+    return {key: _element(item, index) for key, item in value.items()} if isinstance(value, dict) else value[index]
+
+
+def _length(value: Any) -> int:
+    """How many elements such a sequence has. Raises ValueError where its columns differ."""
+    if not isinstance(value, dict):
+        return len(value)
+    lengths = {_length(item) for item in value.values()}
+    if len(lengths) > 1:
+        raise ValueError(f"a sequence with columns of {sorted(lengths)} elements")
+    return lengths.pop() if lengths else 0
 
 
 def _index_lines(path: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

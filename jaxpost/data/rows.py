@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterable
 from typing import Any
 
 Record = dict[str, Any]
@@ -14,6 +15,12 @@ class RowError(ValueError):
 
     def __init__(self, reason: str, field: str = ""):
         super().__init__(f"field {field!r}: {reason}" if field else reason)
+
+
+def shown_names(names: Iterable[str]) -> str:
+    """The keys of a row for a message: one line of bounded length."""
+    text = ", ".join(name if name.isprintable() else repr(name) for name in map(str, names))
+    return text if len(text) <= 300 else f"{text[:300]}..."
 
 
 def decode_utf8(line: bytes) -> str:

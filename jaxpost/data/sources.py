@@ -20,7 +20,7 @@ import numpy as np
 import pydantic
 
 from jaxpost.data import files
-from jaxpost.data.rows import Record, RowError
+from jaxpost.data.rows import Record, RowError, shown_names
 from jaxpost.data.tasks import TaskName
 from jaxpost.errors import ConfigError, DataError
 from jaxpost.fields import SECTION, NonEmptyStr, NonNegInt, PosFloat, PosInt
@@ -145,7 +145,7 @@ def _rename(record: Record, columns: Mapping[str, str]) -> Record:
         return record
     for column in columns.values():
         if column not in record:
-            raise RowError(f"missing; the row has {', '.join(sorted(map(str, record))) or 'no fields'}", column)
+            raise RowError(f"missing; the row has {shown_names(sorted(map(str, record))) or 'no fields'}", column)
     taken = set(columns.values())
     kept = {key: value for key, value in record.items() if key not in taken}
     return kept | {field: record[column] for field, column in columns.items()}

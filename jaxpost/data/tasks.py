@@ -13,6 +13,7 @@ from typing import Any, Literal
 import numpy as np
 
 from jaxpost.data.chat import LossOn, Tokenizer, load_tokenizer
+from jaxpost.data.rows import shown_names
 from jaxpost.errors import ConfigError, DataError
 
 Record = Mapping[str, Any]
@@ -137,7 +138,7 @@ def _type(value: Any) -> str:
 
 
 def _names(record: Record) -> str:
-    return ", ".join(map(str, record)) or "nothing"
+    return shown_names(record) or "nothing"
 
 
 def check_messages(messages: Any, field: str) -> list[dict[str, Any]]:

@@ -114,7 +114,7 @@ def render(
     if "died" in reply:
         raise DataError(f"the chat template was stopped: {_death(reply['died'])}")
     if "error" in reply:
-        raise DataError(f"the chat template failed: {reply['error']}")
+        raise DataError(f"the chat template failed: {' '.join(reply['error'].split())}")
     if "not_prefix" in reply:
         raise DataError(_not_prefix(**reply["not_prefix"]))
     spans = None if reply["spans"] is None else [tuple(span) for span in reply["spans"]]

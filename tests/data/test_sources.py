@@ -5,7 +5,6 @@ import json
 import pickle
 import random
 
-import numpy as np
 import pydantic
 import pytest
 
@@ -103,41 +102,6 @@ def test_parquet_nan_and_broken_file(tmp_path):
     (tmp_path / "b.parquet").write_bytes(b"PAR1 but not really")
     with pytest.raises(DataError, match="b.parquet: not a readable parquet file"):
         open_source(SourceConfig(source=f"parquet:{tmp_path}/b.parquet"))
-
-
-def test_tfds_array_record_without_tensorflow(tmp_path):
-    tfds = pytest.importorskip("tensorflow_datasets")
-
-    class Chats(tfds.core.GeneratorBasedBuilder):
-        VERSION = tfds.core.Version("1.0.0")
-
-        def _info(self):
-            features = tfds.features.FeaturesDict(
-                {
-                    "text": tfds.features.Text(),
-                    "messages": tfds.features.Sequence({"role": tfds.features.Text(), "content": tfds.features.Text()}),
-                    "score": np.float32,
-                }
-            )
-            return tfds.core.DatasetInfo(builder=self, features=features)
-
-        def _split_generators(self, dl_manager):
-            return {"train": self._generate_examples()}
-
-        def _generate_examples(self):
-            for i in range(4):
-                messages = [{"role": "user", "content": f"é{i}"}, {"role": "assistant", "content": "yes"}][: i % 3]
-                yield i, {"text": f"t{i}", "messages": messages, "score": 0.5}
-
-    builder = Chats(data_dir=str(tmp_path), file_format="array_record")
-    builder.download_and_prepare()
-    records = pickle.loads(pickle.dumps(open_source(SourceConfig(source=f"tfds:{builder.data_dir}"))))
-    by_text = {record["text"]: record for record in (records[i] for i in range(len(records)))}
-    assert sorted(by_text) == ["t0", "t1", "t2", "t3"]
-    assert by_text["t2"]["messages"] == [{"role": "user", "content": "é2"}, {"role": "assistant", "content": "yes"}]
-    assert by_text["t0"] == {"text": "t0", "messages": [], "score": 0.5}
-    with pytest.raises(DataError, match="split test cannot be opened"):
-        open_source(SourceConfig(source=f"tfds:{builder.data_dir}", split="test"))
 
 
 def test_columns(tmp_path):
