@@ -1,27 +1,25 @@
-"""The only file that turns a Config into objects."""
+"""The only file, with build_model.py, that turns a Config into objects."""
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
 import itertools
-import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxpost import flops, lora, manifest, rundir
+from jaxpost import flops, lora, rundir
 from jaxpost.algos.base import Algorithm, Context
+from jaxpost.build_model import Model, adopt_adapters, build_model, content_hash_of, load_weights, structs
 from jaxpost.checkpoint import Checkpointer
-from jaxpost.compose import Origin, paths
-from jaxpost.config import Config, Loaded, load_saved, to_tree
+from jaxpost.config import Config, Loaded
 from jaxpost.data import tasks
-from jaxpost.data.chat import Tokenizer, load_tokenizer
+from jaxpost.data.chat import Tokenizer
 from jaxpost.data.feed import MeshSource, to_mesh
 from jaxpost.data.pipeline import EvalRows, PackedSource
 from jaxpost.data.prompts import question_of
@@ -31,146 +29,13 @@ from jaxpost.evals import metrics as task_metrics
 from jaxpost.evals.run import Evaluator, Task, make_eval_step
 from jaxpost.leaves import dotted
 from jaxpost.loop import Job
-from jaxpost.models import decoder, peft
-from jaxpost.models.loading import Located, ModelConfig, content_hash, load_params, locate
-from jaxpost.models.policy import Policy
+from jaxpost.models import peft
 from jaxpost.models.sampler import Sampler
 from jaxpost.models.spec import FORMAT, abstract_params
 from jaxpost.optim import make_optimizer, trainable_mask
-from jaxpost.sharding import MeshConfig, Rules, check_divides, host_rows, make_mesh, rules_for, tree_shardings
+from jaxpost.sharding import Rules, check_divides, host_rows, tree_shardings
 from jaxpost.step import init_state, make_step
-from jaxpost.types import Stream, TrainState
-
-
-@dataclasses.dataclass(frozen=True)
-class Model:
-    """A located model on a mesh: everything but the weights."""
-
-    located: Located
-    tokenizer: Tokenizer
-    policy: Policy
-    rules: Rules
-    param_dtype: Any
-
-    @property
-    def base_shardings(self) -> Any:
-        return tree_shardings(abstract_params(self.located.spec), self.rules)
-
-
-def build_model(
-    config: ModelConfig,
-    mesh_config: MeshConfig,
-    adapters: lora.LoraConfig | None = None,
-    devices: list | None = None,
-    date: str | None = None,
-) -> Model:
-    """Locate weights and tokenizer, lay out the mesh; raises ConfigError before anything large is read.
-
-    date: ISO date for chat templates that write today's; None: today's.
-    """
-    located = locate(config.source, config.tokenizer)
-    if located.tokenizer_path is None:
-        raise ConfigError(f"model.tokenizer: {config.source} comes without one; name a folder or file")
-    tokenizer = load_tokenizer(located.tokenizer_path, config.chat_template, date)
-    tokenizer.check_model(located.spec.vocab_size)
-    spec, mesh = located.spec, make_mesh(mesh_config, devices)
-    if adapters is not None:
-        lora.full_names(adapters, spec)  # refuses what this model does not have
-    rules = rules_for(
-        mesh, num_heads=spec.num_heads, num_kv_heads=spec.num_kv_heads, d_model=spec.d_model, d_ff=spec.d_ff,
-        vocab_size=spec.vocab_size,
-    )  # fmt: skip
-    dtype = config.compute_dtype
-    if dtype == "auto":
-        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    options = decoder.Options(
-        dtype=jnp.dtype(dtype), remat=config.remat, attention=config.attention, rules=rules if mesh.size > 1 else None
-    )
-    return Model(located, tokenizer, Policy(spec, options, adapters), rules, jnp.dtype(config.param_dtype))
-
-
-def open_model(source: str, weights: str = "policy") -> tuple[Model, Any, Any]:
-    """(model, base weights, adapters or None) of a run directory or a model source, on one device: to sample from.
-
-    weights: of a run, see load_run.
-    """
-    run = source.removeprefix("ckpt:")
-    if source.startswith("ckpt:") or os.path.isfile(os.path.join(source, "config.yaml")):
-        located = locate(f"ckpt:{run}")
-        saved = load_saved(located.path)
-        config = dataclasses.replace(saved.model, source=f"ckpt:{run}")
-        model = build_model(config, MeshConfig(data=1), saved.lora, jax.devices()[:1])
-        base, trained = load_run(model, saved, located, weights)
-        return (model, trained, None) if base is None else (model, base, trained)
-    model = build_model(ModelConfig(source=source), MeshConfig(data=1), None, jax.devices()[:1])
-    return model, load_weights(model), None
-
-
-def load_weights(model: Model, located: Located | None = None) -> Any:
-    """The plain weight tree of a source, placed on the mesh; a run's adapters come merged into their base."""
-    located = located or model.located
-    if located.kind != "ckpt":
-        return load_params(located, model.param_dtype, model.base_shardings)
-    saved = load_saved(located.path)
-    base, trained = load_run(model, saved, located)
-    weights = trained if base is None else jax.jit(lambda b, t: lora.merge(b, t, saved.lora))(base, trained)
-    return jax.tree.map(lambda x: x.astype(model.param_dtype), weights)
-
-
-def load_run(model: Model, saved: Config, located: Located, weights: str = "policy") -> tuple[Any, Any]:
-    """(base, adapters) of a run trained with LoRA, (None, weights) of one trained in full.
-
-    weights: "policy", or "ema" for their average, in the dtype of the policy; CheckpointError where the run has none.
-    """
-    checkpointer = Checkpointer(located.path, saved.checkpoint)
-    step = checkpointer.latest() if located.step is None else located.step
-    if step is None:
-        raise CheckpointError(f"{located.path}: no checkpoint yet; the run has not saved")
-    if saved.lora is not None and checkpointer.meta(step)["weights"] != content_hash_of(located.base):
-        raise CheckpointError(
-            f"{located.path}: its adapters were trained on other weights than {located.base.source} holds now"
-        )
-    if saved.lora is None:
-        infos = abstract_params(located.spec, jnp.dtype(saved.model.param_dtype))
-    else:
-        infos = lora.abstract_adapters(saved.lora, located.spec)
-    wanted = {"policy": _structs(infos, model.rules)}
-    if weights == "policy":
-        trained = checkpointer.restore_params(step, wanted)["policy"]
-    else:
-        wide = jax.tree.map(lambda x: x.update(dtype=jnp.float32), wanted)
-        slow = checkpointer.restore_params(step, wide, part="slow")
-        trained = jax.tree.map(lambda x, as_trained: x.astype(as_trained.dtype), slow, wanted)["policy"]
-    return (None if saved.lora is None else load_weights(model, located.base)), trained
-
-
-def adopt_adapters(loaded: Loaded) -> Loaded:
-    """The config with the `lora` section as the PEFT adapter in lora.source has it, and its provenance with it.
-
-    Without lora.source nothing changes. Raises ConfigError for a folder that is no PEFT adapter of this model and for
-    written values that contradict it. What comes back passes through unchanged.
-    """
-    section = loaded.config.lora
-    if section is None or section.source is None:
-        return loaded
-    folder = pathlib.Path(section.source)
-    file = folder / peft.CONFIG_FILE
-    if not file.is_file():
-        hint = "; --to=peft of jaxpost.export writes a run's" if (folder / "config.yaml").is_file() else ""
-        raise ConfigError(f"lora.source: {folder} is no PEFT adapter (it has no {peft.CONFIG_FILE}){hint}")
-    spec = locate(loaded.config.model.source, loaded.config.model.tokenizer).spec
-    try:
-        found = peft.peft_config(folder, spec)
-    except (CheckpointError, ConfigError) as error:
-        raise type(error)(f"lora.source: {error}") from None
-    written = {path[1] for path in loaded.origins if path[:1] == ("lora",) and len(path) == 2}
-    adopted = lora.adopt(section, found, spec, written if loaded.origins else None)
-    config = dataclasses.replace(loaded.config, lora=adopted)
-    if not loaded.origins:
-        return Loaded(config, {})
-    taken = {field.name: getattr(adopted, field.name) for field in dataclasses.fields(adopted)}
-    taken = {name: value for name, value in taken.items() if name not in (*written, "source", "dropout")}
-    return Loaded(config, loaded.origins | {("lora", *at): Origin(str(file)) for at in paths(to_tree(taken)) if at})
+from jaxpost.types import Batch, Stream, TrainState
 
 
 def build_job(
@@ -189,22 +54,30 @@ def build_job(
     shard_index, num_shards = host_rows(rules.mesh)
 
     def make_task(source: SourceConfig) -> tasks.Task:
-        path, template, date = model.located.tokenizer_path, config.model.chat_template, model.tokenizer.date
-        return tasks.make_task(source.task, path, config.data.loss_on, chat_template=template, date=date)
+        path, loss_on = model.located.tokenizer_path, config.data.loss_on
+        options = {"chat_template": model.chat_template, "date": model.tokenizer.date}
+        return tasks.make_task(source.task, path, loss_on, source.columns, **options)
 
     identity = {"model.tokenizer": model.tokenizer.fingerprint}
     rows = PackedSource(
         config.data, make_task, seed=config.seed, shard_index=shard_index, num_shards=num_shards, identity=identity
     )
     total_steps = config.loop.steps or rows.count_batches(config.loop.epochs)
+    if 0 < policy.spec.max_positions < config.data.seq_len:
+        sinks.event(
+            f"data.seq_len {config.data.seq_len} is more than the {policy.spec.max_positions} positions that the model "
+            "was trained on: longer examples ask for positions that it has never seen"
+        )
 
-    base = load_weights(model)
-    params, frozen = (
-        ({"policy": base}, {}) if config.lora is None else (_adapters(config, model, base), {"policy": base})
-    )
-    tx, schedule = make_optimizer(config.optim, total_steps, params)
     checkpointer = Checkpointer(config.run_dir, config.checkpoint)
-    fresh = partial(init_state, tx=tx, slow=algorithm.slow, skip_spikes=config.loop.skip_spikes)
+    step = _agreed_step(checkpointer)
+    params, frozen = _weights(config, model, begins=step is None)
+    if missing := sorted(set(algorithm.needs) - set(frozen)):
+        raise ConfigError(f"algorithm.name: {algorithm.name} needs a frozen {missing[0]} model; none can be given yet")
+    tx, schedule = make_optimizer(config.optim, total_steps, params)
+    fresh = partial(
+        init_state, tx=tx, slow=algorithm.slow, scalars=algorithm.scalars(), skip_spikes=config.loop.skip_spikes
+    )
     abstract = jax.eval_shape(fresh, params)
     shardings = _state_shardings(abstract, params, rules)
     abstract = jax.tree.map(
@@ -215,15 +88,13 @@ def build_job(
     meta = {"format": FORMAT, "num_tokens": 0, "weights": content_hash_of(model.located)}
     if config.lora is not None and config.lora.source is not None:
         meta["adapters"] = peft.hash_peft(config.lora.source)
-    annotate = None
-    if type(algorithm).annotate is not Algorithm.annotate:  # the base's adds nothing: not worth a program
-        annotate = jax.jit(lambda batch: algorithm.annotate(policy, frozen, batch))
+    annotate = _annotator(algorithm, policy, frozen)
     ctx = Context(
-        model.tokenizer, rules.mesh, policy, lambda _: MeshSource(rows, rules, annotate), config.seed,
+        model.tokenizer, rules.mesh, policy, lambda: MeshSource(rows, rules, annotate), config.seed,
         jax.process_index(), jax.process_count(),
     )  # fmt: skip
     source = algorithm.source(ctx)
-    if (step := checkpointer.latest()) is None:
+    if step is None:
         state = jax.jit(fresh, out_shardings=shardings)(params)
         sinks.truncate(-1)  # lines of a start that was killed before its first save
     else:
@@ -253,7 +124,7 @@ def build_job(
         frozen=frozen,
         train_step=jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None)),
         source=source,
-        evaluate=build_evaluator(config, model, make_task, sinks, shard_index, num_shards),
+        evaluate=build_evaluator(config, model, make_task, annotate, sinks, shard_index, num_shards),
         checkpointer=checkpointer,
         sinks=sinks,
         total_steps=total_steps,
@@ -267,18 +138,21 @@ def build_job(
 
 
 def build_evaluator(
-    config: Config, model: Model, make_task: Any, sinks: Any, shard_index: int = 0, num_shards: int = 1
+    config: Config, model: Model, make_task: Any, annotate: Any, sinks: Any, shard_index: int = 0, num_shards: int = 1
 ) -> Evaluator:
     """Held-out loss, samples and task metrics, as the config asks for."""
     held_out = []
     if config.data.eval:
         rows = EvalRows(config.data, make_task, shard_index=shard_index, num_shards=num_shards)
         held_out = list(rows)  # tokenised once
+        lost = [f"{name} {count}" for name, count in rows.counters.items() if count and name != "rows_read"]
+        if lost:
+            sinks.event(f"of {rows.counters['rows_read']} held-out rows: {', '.join(lost)}")
     tokenizer = model.tokenizer
     eval_step = jax.jit(make_eval_step(config.algorithm, model.policy))
     return Evaluator(
         config.eval,
-        batches=lambda: (to_mesh(batch, model.rules) for batch in held_out),
+        batches=lambda: (annotate(to_mesh(batch, model.rules)) for batch in held_out),
         eval_step=eval_step,
         sampler=Sampler(model.policy, tokenizer.stop_ids, batch_size=config.eval.batch_size),
         tasks=_eval_tasks(config, tokenizer),
@@ -318,6 +192,40 @@ def _eval_tasks(config: Config, tokenizer: Tokenizer) -> list[Task]:
     if config.eval.samples and not built and config.data.eval:
         built.append(build("samples", config.data.eval, None, config.eval.max_new_tokens, config.eval.samples))
     return built
+
+
+def _annotator(algorithm: Algorithm, policy: Any, frozen: Any) -> Callable[[Batch], Batch]:
+    """The algorithm's annotate as a program of its own; nothing at all where it only has the base's."""
+    if type(algorithm).annotate is Algorithm.annotate:
+        return lambda batch: batch
+    annotate = jax.jit(lambda frozen, batch: algorithm.annotate(policy, frozen, batch))
+    return lambda batch: annotate(frozen, batch)
+
+
+def _agreed_step(checkpointer: Checkpointer) -> int | None:
+    """The newest checkpoint as process 0 sees it; CheckpointError where another process does not see it."""
+    step = checkpointer.latest()
+    if jax.process_count() == 1:
+        return step
+    from jax.experimental import multihost_utils
+
+    first = int(multihost_utils.broadcast_one_to_all(np.int32(-1 if step is None else step)))
+    seen = first < 0 or first in checkpointer.steps()
+    if not np.all(multihost_utils.process_allgather(np.int32(seen))):
+        raise CheckpointError(
+            f"{checkpointer.folder}: process 0 goes on from step {first}, which another process does not see: run_dir "
+            "must be a folder that all hosts share"
+        )
+    return None if first < 0 else first
+
+
+def _weights(config: Config, model: Model, begins: bool) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(params, frozen) by role. Where a checkpoint holds the trained ones they are shapes only: nothing is loaded."""
+    spec, frozen = model.located.spec, {} if config.lora is None else {"policy": load_weights(model)}
+    if not begins:
+        infos = lora.abstract_adapters(config.lora, spec) if frozen else abstract_params(spec, model.param_dtype)
+        return {"policy": structs(infos, model.rules)}, frozen
+    return (_adapters(config, model, frozen["policy"]) if frozen else {"policy": load_weights(model)}), frozen
 
 
 def _adapters(config: Config, model: Model, base: Any) -> dict[str, Any]:
@@ -363,25 +271,6 @@ def _state_shardings(state: TrainState, params: Any, rules: Rules) -> TrainState
         slow={role: placed[role] for role in state.slow},
         scalars=jax.tree.map(lambda _: whole, state.scalars),
     )
-
-
-def _structs(infos: Any, rules: Rules) -> Any:
-    """ShapeDtypeStructs with shardings of an abstract tree."""
-    return jax.tree.map(
-        lambda info: jax.ShapeDtypeStruct(info.shape, info.dtype, sharding=rules.sharding(*info.axes)),
-        infos, is_leaf=lambda x: hasattr(x, "axes"),
-    )  # fmt: skip
-
-
-def content_hash_of(located: Located) -> str:
-    """What identifies the weights that a run started from: the bytes, or the manifest of another run's step."""
-    if located.kind != "ckpt":
-        return content_hash(located)
-    step = located.step or Checkpointer(located.path).latest()
-    file = pathlib.Path(located.path) / "checkpoints" / str(step) / manifest.NAME
-    if not file.is_file():
-        raise CheckpointError(f"{located.path}: no checkpoint of step {step}")
-    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def _same_weights(saved: dict, now: dict, allow_changed: Sequence[str]) -> None:

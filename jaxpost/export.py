@@ -89,7 +89,7 @@ def _write(source: str, to: str, folder: pathlib.Path, dtype: str | None, saved:
     import jax
 
     from jaxpost import lora
-    from jaxpost.build import open_model
+    from jaxpost.build_model import open_model
     from jaxpost.models import hf, peft
 
     model, params, adapters = open_model(source, weights)

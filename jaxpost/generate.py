@@ -21,6 +21,7 @@ FLAGS = (
     cli.Flag("prompt", None, "one question; the answer goes to standard output"),
     cli.Flag("input", None, "rows to answer: KIND:GLOB, or a path that ends in .jsonl, .parquet or .txt"),
     cli.Flag("output", None, "file that the answered rows are written to"),
+    cli.Flag("raw", False, "--prompt is the text itself, not a chat turn: for base models and text rows"),
     cli.Flag("system", None, "system message of the chat or the prompt"),
     cli.Flag("max_new_tokens", 256, "longest answer"),
     cli.Flag("temperature", 0.0, "0 is greedy"),
@@ -37,9 +38,11 @@ def main(args: cli.Arguments) -> None:
         raise ConfigError("name one MODEL; --help shows what it may be")
     if (args.flags["input"] is None) != (args.flags["output"] is None):
         raise ConfigError("--input and --output go together")
+    if args.flags["raw"] and (args.flags["prompt"] is None or args.flags["system"]):
+        raise ConfigError("--raw goes with --prompt and without --system")
     if args.flags["input"] and args.flags["prompt"]:
         raise ConfigError("--prompt and --input contradict each other")
-    from jaxpost.build import open_model
+    from jaxpost.build_model import open_model
     from jaxpost.data.prompts import Question
     from jaxpost.models.sampler import Sampler, Sampling
     from jaxpost.train import compilation_cache
@@ -64,7 +67,8 @@ def main(args: cli.Arguments) -> None:
     if flags["input"]:
         _batch(answer, records, pathlib.Path(flags["output"]))
     elif flags["prompt"] is not None:
-        print(answer([Question([*system, {"role": "user", "content": flags["prompt"]}])])[0][0])
+        prompt = flags["prompt"] if flags["raw"] else [*system, {"role": "user", "content": flags["prompt"]}]
+        print(answer([Question(prompt)])[0][0])
     else:
         _chat(answer, system)
 

@@ -66,6 +66,7 @@ def run(config: LoopConfig, job: Job) -> TrainState:
     clock = _Clock(job)
     if start == 0 and config.eval_first:
         _evaluate(job, 0, state)
+        clock = _Clock(job)
     with _StopSignal() as stop:
         for step in range(start, job.total_steps):
             batch = next(job.source)
@@ -163,10 +164,13 @@ class _Clock:
 
 
 class _StopSignal:
-    """SIGTERM or Ctrl-C asks for a save at the next step boundary; every process takes the same decision."""
+    """SIGTERM or Ctrl-C asks for a save at the next step boundary; every process takes the same decision.
+
+    A second Ctrl-C does not wait for that boundary: it interrupts (KeyboardInterrupt) and the last save stands.
+    """
 
     def __enter__(self):
-        self._asked = False
+        self._asked: int | None = None  # signal number
         self._old = {}
         if jax.distributed.is_initialized():  # jax watches SIGTERM itself, and tells all processes the same step
             return self
@@ -182,12 +186,14 @@ class _StopSignal:
             signal.signal(number, handler)
 
     def _ask(self, number: int, frame: Any) -> None:
-        self._asked = True
+        if number == signal.SIGINT and self._asked == signal.SIGINT:
+            raise KeyboardInterrupt
+        self._asked = number
 
     def agreed(self, step: int) -> bool:
         """Whether to stop after this step."""
         if not jax.distributed.is_initialized():
-            return self._asked
+            return self._asked is not None
         from jax.experimental import multihost_utils
 
         return multihost_utils.reached_preemption_sync_point(step)

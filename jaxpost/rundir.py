@@ -133,7 +133,16 @@ FILES = ("config.yaml", "env.json", "metrics.jsonl", "loss.png", "report.html")
 
 
 def clear(run_dir: str | os.PathLike) -> None:
-    """Delete what a run wrote, for --overwrite; files that it did not write stay."""
+    """Delete what a run wrote, for --overwrite; files that it did not write stay.
+
+    ConfigError for a folder with files that no run marked as its own: `checkpoints` may be somebody's only copy.
+    """
+    theirs = [name for name in (*CONTENTS, *FILES) if (Path(run_dir) / name).exists()]
+    if theirs and not any((Path(run_dir) / name).is_file() for name in ("env.json", "logs/events.log")):
+        raise ConfigError(
+            f"run_dir: --overwrite would delete {theirs[0]} in {run_dir}, where no run of jaxpost has been (it has "
+            "neither env.json nor logs/events.log); choose another run_dir"
+        )
     for name in CONTENTS:
         shutil.rmtree(Path(run_dir) / name, ignore_errors=True)
     for name in FILES:

@@ -17,11 +17,17 @@ COUNTERS = ("skipped_steps", "skipped_in_a_row", "most_skipped_in_a_row")
 
 
 def init_state(
-    params: dict, tx: optax.GradientTransformation, slow: dict, *, skip_spikes: float | None = None
+    params: dict,
+    tx: optax.GradientTransformation,
+    slow: dict,
+    *,
+    scalars: dict[str, Array] | None = None,
+    skip_spikes: float | None = None,
 ) -> TrainState:
     """A state at step 0. slow: role -> SlowRule; each slow copy starts as a copy of the role's weights.
 
-    An average is fp32 whatever the weights are: it moves by less than bf16 can hold. skip_spikes: make_step's.
+    An average is fp32 whatever the weights are: it moves by less than bf16 can hold. scalars: the algorithm's own;
+    skip_spikes: make_step's.
     """
 
     def copy(rule: Any, x: Array) -> Array:
@@ -32,7 +38,9 @@ def init_state(
         params=params,
         opt_state=tx.init(params),
         slow={role: jax.tree.map(partial(copy, rule), params[role]) for role, rule in slow.items()},
-        scalars={name: jnp.zeros((), jnp.int32) for name in COUNTERS} | ({} if skip_spikes is None else spikes.start()),
+        scalars={name: jnp.zeros((), jnp.int32) for name in COUNTERS}
+        | ({} if skip_spikes is None else spikes.start())
+        | (scalars or {}),
     )
 
 

@@ -40,7 +40,8 @@ def run(
     import jax
 
     from jaxpost import loop, rundir
-    from jaxpost.build import adopt_adapters, build_job
+    from jaxpost.build import build_job
+    from jaxpost.build_model import adopt_adapters
     from jaxpost.config import Loaded, check_resume
     from jaxpost.manifest import replace_file
     from jaxpost.metrics import Sinks, before_and_after
@@ -72,9 +73,8 @@ def run(
                         f"this run is done: {job.total_steps} steps in {config.run_dir}; --overwrite starts again, "
                         "another run_dir starts another"
                     )
-                    return job.state
                 state = loop.run(config.loop, job)
-            if text := before_and_after(config.run_dir):
+            if int(state.step) >= job.total_steps and (text := before_and_after(config.run_dir)):
                 sinks.event(text)
         if writes:
             plot_losses(config.run_dir)
@@ -87,7 +87,7 @@ def main(args: cli.Arguments) -> None:
 
     loaded = config.from_arguments(args)
     if loaded.config.lora is not None and loaded.config.lora.source is not None:
-        from jaxpost.build import adopt_adapters  # only here: it imports all that a run needs
+        from jaxpost.build_model import adopt_adapters  # only here: it imports all that a run needs
 
         loaded = adopt_adapters(loaded)
     if args.flags["print_config"]:

@@ -9,6 +9,7 @@ run=runs/quickstart
 for word in "$@"; do case "$word" in run_dir=*) run="${word#run_dir=}" ;; esac; done
 [ -f data/orders/unseen.jsonl ] || "$python" -m jaxpost.evals.orders --out data/orders
 "$python" -m jaxpost.train --config=configs/quickstart.yaml "$@"
+if grep -q "stopped by a signal" <(tail -n 1 "$run/logs/events.log"); then exit 130; fi
 if [ ! "$run/export/hf" -nt "$run/checkpoints/LATEST" ]; then  # not yet, or the run went on since
   rm -rf "$run/export/hf"
   "$python" -m jaxpost.export "$run" --to hf
@@ -18,7 +19,7 @@ cat <<TXT
 What to try next (part of what the untouched model failed at was the format: see docs/results.md)
   chat with it           $python -m jaxpost.generate $run
   see the training rows  $python -m jaxpost.data configs/quickstart.yaml
-  look at the loss       $run/loss.png, or tensorboard --logdir $run/tensorboard
+  look at the loss       $run/loss.png, or with pip install tensorboard: tensorboard --logdir $run/tensorboard
   open it elsewhere      transformers.AutoModelForCausalLM.from_pretrained("$run/export/hf")
   your own rows          $python -m jaxpost.train --config=configs/quickstart.yaml run_dir=runs/mine data.path=my.jsonl data.loss_on=assistant data.eval=[] eval.tasks=[] eval.samples=0 loop.eval_first=false
 TXT

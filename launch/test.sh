@@ -8,6 +8,5 @@ select=(-m "not slow and not parity")
 all=
 if [ "${1:-}" = --all ]; then all=1; shift; select=(-m "not parity"); fi
 environment dev
-export JAXPOST_DATA="${JAXPOST_DATA:-$( [ -d ../shared/data ] && cd ../shared/data && pwd || echo "$PWD/data" )}"
 "$python" -m pytest "${select[@]}" "$@"
 if [ -n "$all" ]; then bash launch/parity.sh --check || echo "parity: not run (see above)"; fi

@@ -19,7 +19,7 @@ FLOORS = {
     6: "algos",
     7: "evals",
     8: "loop",
-    9: "cli compose config build",
+    9: "cli compose config build_model build",
     10: "train generate export",
 }
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names.split()}

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from jaxpost.errors import ConfigError
-from jaxpost.rundir import RunLock, start_date, write_env
+from jaxpost.rundir import RunLock, clear, start_date, write_env
 
 
 def test_a_second_start_is_refused_with_the_holder(tmp_path):
@@ -70,3 +70,18 @@ def test_a_run_keeps_the_date_of_its_first_start(tmp_path):
     assert start_date(tmp_path) == "2024-02-29"
     (tmp_path / "env.json").write_text("{")  # damaged: today again
     assert start_date(tmp_path) == today
+
+
+def test_overwrite_clears_runs_and_nothing_else(tmp_path):
+    clear(tmp_path)  # nothing there yet
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "thesis.txt").write_text("mine")
+    with pytest.raises(
+        ConfigError, match="--overwrite would delete checkpoints in .*, where no run of jaxpost has been"
+    ):
+        clear(tmp_path)
+    assert (tmp_path / "checkpoints" / "thesis.txt").is_file()
+    write_env(tmp_path, [])
+    (tmp_path / "notes.txt").write_text("mine")
+    clear(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]

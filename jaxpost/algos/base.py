@@ -38,7 +38,7 @@ class Context:
     tokenizer: Any
     mesh: Mesh
     policy: Policy
-    rows: Callable[[Any], Source]  # DataConfig rows packed and put on the mesh
+    rows: Callable[[], Source]  # DataConfig rows packed and put on the mesh
     seed: int
     process_index: int = 0
     process_count: int = 1
@@ -70,8 +70,15 @@ class Algorithm(abc.ABC):
     def source(self, ctx: Context) -> Source:
         """Host iterator of batches for this method."""
 
+    def scalars(self) -> dict[str, Array]:
+        """What of state.scalars is this method's own (running means), at step 0; prepare returns its next values."""
+        return {}
+
     def annotate(self, apply: Policy, frozen: Frozen, batch: Batch) -> Batch:
-        """Columns from frozen models; on the device, without gradient, once a batch at the source."""
+        """Columns from frozen models; on the device, without gradient, once a batch at the source.
+
+        Held-out batches are annotated too.
+        """
         return batch
 
     @abc.abstractmethod

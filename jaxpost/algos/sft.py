@@ -45,7 +45,7 @@ class SFT(Algorithm):
 
     def source(self, ctx: Context) -> Source:
         """Packed rows."""
-        return ctx.rows(self)
+        return ctx.rows()
 
     def prepare(self, apply, state, frozen, batch):
         """weights, from the mask and the rule."""

@@ -25,12 +25,11 @@ def to_mesh(batch: Batch, rules: Rules) -> Batch:
 class MeshSource:
     """A host source whose batches come as global arrays, annotated once. Implements the loop's Source protocol."""
 
-    def __init__(self, source: Any, rules: Rules, annotate: Callable[[Batch], Batch] | None = None):
+    def __init__(self, source: Any, rules: Rules, annotate: Callable[[Batch], Batch]):
         self._source, self._rules, self._annotate = source, rules, annotate
 
     def __next__(self) -> Batch:
-        batch = to_mesh(next(self._source), self._rules)
-        return batch if self._annotate is None else self._annotate(batch)
+        return self._annotate(to_mesh(next(self._source), self._rules))
 
     @property
     def info(self) -> dict[str, Any]:

@@ -133,8 +133,8 @@ def find_files(pattern: str, key: str = "data.train") -> list[str]:
     paths = exact or sorted(path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path))
     if not paths:
         hint = ""
-        if "JAXPOST_DATA" not in os.environ:
-            hint = "; JAXPOST_DATA is not set: set it to the folder with your data sets, or pass data.path=FILE"
+        if "JAXPOST_DATA" not in os.environ and pattern.startswith(os.path.join(os.getcwd(), "data", "")):
+            hint = "; where a config says ${JAXPOST_DATA}, set that to your folder of data sets, or pass data.path=FILE"
         raise ConfigError(f"{key}: no file matches {pattern}{hint}")
     return paths
 

@@ -53,6 +53,7 @@ class Located:
     step: int | None = None  # ckpt: the step asked for, None means the newest
     seed: int = 0  # init
     base: Located | None = None  # ckpt
+    chat_template: str | None = None  # ckpt: the file that the run was trained with, where it had one
 
 
 def locate(source: str, tokenizer: str | None = None) -> Located:
@@ -174,7 +175,8 @@ def _run(source: str, path: pathlib.Path, runs: tuple[str, ...]) -> Located:
     except (ConfigError, CheckpointError) as error:
         reason = str(error) if len(str(error)) <= 600 else f"{str(error)[:400]} ... {str(error)[-150:]}"
         raise type(error)(f"{path / 'config.yaml'}: {reason}") from None
-    return Located(source, "ckpt", str(path), base.spec, tokenizer, step=step, base=base)
+    template = model.get("chat_template") or base.chat_template
+    return Located(source, "ckpt", str(path), base.spec, tokenizer, step=step, base=base, chat_template=template)
 
 
 def _saved_model(file: pathlib.Path) -> dict[str, Any]:
@@ -184,8 +186,9 @@ def _saved_model(file: pathlib.Path) -> dict[str, Any]:
     model = saved.get("model") if isinstance(saved, dict) else None
     if not isinstance(model, dict) or not isinstance(model.get("source"), str):
         raise ConfigError(f"{file}: model.source is missing")
-    if not isinstance(model.get("tokenizer"), str | None):
-        raise ConfigError(f"{file}: model.tokenizer is no text")
+    for key in ("tokenizer", "chat_template"):
+        if not isinstance(model.get(key), str | None):
+            raise ConfigError(f"{file}: model.{key} is no text")
     return model
 
 

@@ -177,11 +177,15 @@ def test_fuzzed_lines_never_escape():
 
 def test_missing_files_are_config_errors(tmp_path, monkeypatch):
     monkeypatch.delenv("JAXPOST_DATA", raising=False)
-    with pytest.raises(ConfigError, match=r"data.train\[0\].source: no file matches .*nothing-\*.jsonl; JAXPOST_DATA"):
-        open_source(SourceConfig(source=f"jsonl:{tmp_path}/nothing-*.jsonl"), "data.train[0].source")
-    monkeypatch.setenv("JAXPOST_DATA", str(tmp_path))
-    with pytest.raises(ConfigError, match=r"nothing\.jsonl$"):
+    monkeypatch.chdir(tmp_path)
+    where = r"data.train\[0\].source: no file matches .*nothing-\*.jsonl; where a config says \$\{JAXPOST_DATA\}"
+    with pytest.raises(ConfigError, match=where):
+        open_source(SourceConfig(source=f"jsonl:{tmp_path}/data/nothing-*.jsonl"), "data.train[0].source")
+    with pytest.raises(ConfigError, match=r"nothing\.jsonl$"):  # it has nothing to do with the variable
         open_source(SourceConfig(source=f"jsonl:{tmp_path}/nothing.jsonl"))
+    monkeypatch.setenv("JAXPOST_DATA", str(tmp_path / "data"))
+    with pytest.raises(ConfigError, match=r"nothing\.jsonl$"):
+        open_source(SourceConfig(source=f"jsonl:{tmp_path}/data/nothing.jsonl"))
 
 
 def test_empty_files_and_skipped_away(tmp_path):

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 
-import jax
 import numpy as np
 import pytest
 
@@ -42,14 +41,18 @@ def records(run: pathlib.Path) -> list[dict]:
     return [{k: v for k, v in record.items() if k not in VOLATILE} for record in parsed]
 
 
-def params(run: pathlib.Path) -> list[np.ndarray]:
+def state(run: pathlib.Path) -> tuple[dict[str, np.ndarray], dict]:
+    """Every array of the last checkpoint, parameters, moments and counters alike, and the data position."""
     checkpointer = Checkpointer(run)
     step = checkpointer.latest()
     assert step == LOOP["steps"]
-    leaves = {name: leaf for name, leaf in checkpointer.leaves(step).items() if name.startswith("params.")}
-    names = sorted(name.removeprefix("params.") for name in leaves)
-    tree = {name: leaves[f"params.{name}"] for name in names}
-    return [np.asarray(x) for x in jax.tree.leaves(checkpointer.restore_params(step, tree))]
+    leaves = checkpointer.leaves(step)
+    found = {}
+    for part in ("params", "opt_state", "scalars"):
+        tree = {name.removeprefix(f"{part}."): x for name, x in leaves.items() if name.startswith(f"{part}.")}
+        found |= {f"{part}.{k}": np.asarray(x) for k, x in checkpointer.restore_params(step, tree, part=part).items()}
+    assert len(found) > 10
+    return found, json.loads((checkpointer.folder / str(step) / "source.json").read_text())
 
 
 def kill_until_done(config: pathlib.Path, run: pathlib.Path, kills: int, rng: random.Random) -> None:
@@ -72,8 +75,13 @@ def check(tmp_path: pathlib.Path, kills: int, seed: int) -> None:
     finish(calm)
     kill_until_done(hard, tmp_path / "hard" / "run", kills, random.Random(seed))
     assert records(tmp_path / "hard" / "run") == records(tmp_path / "calm" / "run")
-    for a, b in zip(params(tmp_path / "hard" / "run"), params(tmp_path / "calm" / "run"), strict=True):
-        np.testing.assert_array_equal(a, b)
+    (hard_state, hard_place), (calm_state, calm_place) = (
+        state(tmp_path / "hard" / "run"),
+        state(tmp_path / "calm" / "run"),
+    )
+    assert hard_place == calm_place and hard_state.keys() == calm_state.keys()
+    for name, array in calm_state.items():
+        np.testing.assert_array_equal(hard_state[name], array, err_msg=name)
     steps = {p.name for p in (tmp_path / "hard" / "run" / "checkpoints").iterdir() if p.name.isdecimal()}
     assert steps == {str(s) for s in Checkpointer(tmp_path / "hard" / "run").steps()}  # no partial step is left
 

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxpost import build, cli, config, export, lora, train
+from jaxpost import build_model, cli, config, export, lora, train
 from jaxpost.errors import CheckpointError, ConfigError
 from jaxpost.lora import LoraConfig
 from jaxpost.models import hf, peft
@@ -62,7 +62,7 @@ def test_a_run_from_an_adapter(tmp_path):
     assert (saved.lora.rank, saved.lora.alpha, saved.lora.rslora, saved.lora.targets) == (2, 3.0, True, ("q", "down"))
     assert list(lora.adapted_layers(saved.lora, SPEC)) == [1, 2] and saved.lora.dropout == 0.25
     assert saved.lora.dora and saved.lora.also_train == ("final_norm",)
-    _, base, adapters = build.open_model(written.run_dir)
+    _, base, adapters = build_model.open_model(written.run_dir)
     assert equal(adapters, state.params["policy"])
     section, again = peft.load_peft(export.export(written.run_dir, "peft"), SPEC)
     assert section.rank == 2 and equal(again, state.params["policy"])
@@ -93,7 +93,7 @@ def test_dora_and_parameters_in_full_resume_bit_for_bit_and_export(tmp_path):
     resumed = run(whole)
     assert equal(final.params, resumed.params) and equal(final.opt_state, resumed.opt_state)
 
-    model, base, adapters = build.open_model(whole.run_dir)
+    model, base, adapters = build_model.open_model(whole.run_dir)
     assert equal(adapters, final.params["policy"])
     moved = np.abs(adapters["embed"] - base["embed"]).max(), np.abs(adapters["final_norm"] - base["final_norm"]).max()
     assert min(moved) > 0 and adapters["blocks"]["0"]["attn"]["q"]["magnitude"].shape == (3, 64)
@@ -110,14 +110,14 @@ def test_dora_and_parameters_in_full_resume_bit_for_bit_and_export(tmp_path):
 def test_names_that_match_nothing_are_refused_before_anything_is_read(tmp_path):
     written = tiny.load(tmp_path, lora={"rank": 0, "also_train": ["lm_head"]})
     with pytest.raises(ConfigError, match=r"lora\.also_train: the model has no 'lm_head'"):
-        build.build_model(written.model, written.mesh, written.lora, jax.devices()[:1])
+        build_model.build_model(written.model, written.mesh, written.lora, jax.devices()[:1])
 
 
 def test_what_the_user_wrote_must_agree(folder, tmp_path):
     base = dict(lora={"source": "adapter", "rank": 16})  # a default, but typed
     loaded = config.load(tiny.write_config(tmp_path, **base))
     with pytest.raises(ConfigError, match=r"lora\.rank: 16 here, 2 in the adapter .*adapter; leave lora\.rank out"):
-        build.adopt_adapters(loaded)
+        build_model.adopt_adapters(loaded)
     for section, message in [
         ({"alpha": 4.0}, r"lora\.alpha: 4.0 here, 3.0 in"),
         ({"targets": ["q"]}, r"lora\.targets: \[q\] here, \[q, down\] in"),
@@ -127,14 +127,14 @@ def test_what_the_user_wrote_must_agree(folder, tmp_path):
         ({"also_train": ["embed"]}, r"lora\.also_train: \[embed\] here, \[\] in"),
     ]:
         with pytest.raises(ConfigError, match=message):
-            build.adopt_adapters(config.Loaded(tiny.load(tmp_path, lora={"source": "adapter"} | section), {}))
+            build_model.adopt_adapters(config.Loaded(tiny.load(tmp_path, lora={"source": "adapter"} | section), {}))
     # other words for the same
     words = {"source": "adapter", "rank": 2, "targets": ["down", "q"], "layers": "-2:", "dropout": 0.5}
-    found = build.adopt_adapters(config.load(tiny.write_config(tmp_path, lora=words)))
+    found = build_model.adopt_adapters(config.load(tiny.write_config(tmp_path, lora=words)))
     assert found.config.lora.alpha == 3.0 and found.config.lora.dropout == 0.5
     assert found.provenance(("lora", "alpha")) == f"{folder}/adapter_config.json"
     assert found.provenance(("lora", "rank")).startswith(f"{tmp_path}/config.yaml:")
-    assert build.adopt_adapters(config.Loaded(found.config, {})).config == found.config
+    assert build_model.adopt_adapters(config.Loaded(found.config, {})).config == found.config
 
 
 def test_print_config_shows_the_adapters_values(folder, tmp_path, capsys):
@@ -156,7 +156,7 @@ def test_sources_that_do_not_fit(folder, tmp_path):
     def refused(message: str, error: type = ConfigError, **sections) -> None:
         sections = {"lora": {"source": "adapter"}} | sections
         with pytest.raises(error, match=message):
-            build.adopt_adapters(config.load(tiny.write_config(tmp_path, **sections)))
+            build_model.adopt_adapters(config.load(tiny.write_config(tmp_path, **sections)))
 
     def model(change: str, value: str) -> dict:
         return {"source": tiny.MODEL.replace(change, value), "tokenizer": "tokenizer"}

@@ -133,6 +133,11 @@ def test_a_run_takes_spec_and_tokenizer_from_its_config(folder, tmp_path):
         assert (locate(source).path, locate(source).step) == (str(run), 20)
     with pytest.raises(ValueError, match="restored from its checkpoint"):
         load_params(found, "float32")
+    second = tmp_path / "second"
+    second.mkdir()
+    (run / "config.yaml").write_text(f"model:\n  source: {folder}\n  chat_template: /t.jinja\n")
+    (second / "config.yaml").write_text(f"model:\n  source: ckpt:{run}\n")
+    assert locate(f"ckpt:{second}").chat_template == "/t.jinja"  # a later stage speaks as the one before
     (run / "config.yaml").write_text(f"model:\n  source: ckpt:{run}\n")
     with pytest.raises(ConfigError, match="starts from itself"):
         locate(f"ckpt:{run}")

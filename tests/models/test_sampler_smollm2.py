@@ -5,7 +5,7 @@ import pathlib
 
 import pytest
 
-from jaxpost.build import open_model
+from jaxpost.build_model import open_model
 from jaxpost.models.sampler import Sampler, Sampling
 
 GOLDEN = json.loads((pathlib.Path(__file__).parents[1] / "golden" / "models_smollm2_greedy.json").read_text())
