@@ -16,11 +16,11 @@ SLOW += [{"data": 2, "fsdp": 2, "context": 2}, {"data": 4, "tensor": 2}, {"data"
 CASES = [case for case in all_cases() if case.same_as is None]
 
 
-def check(case, meshes) -> None:
+def check(case, meshes, tolerance: float = 2e-6) -> None:
     batch = packed(case.units)
     want = Run(case)(batch)
     for mesh in meshes:
-        assert_same(Run(case, mesh)(batch), want)
+        assert_same(Run(case, mesh)(batch), want, tolerance)
 
 
 @pytest.mark.parametrize(("case", "meshes"), [(CASES[0], QUICK), (CASES[1], TOGETHER[:1])], ids=["full", "lora"])
@@ -31,4 +31,5 @@ def test_eight_devices(case, meshes):
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_every_mesh(case):
-    check(case, QUICK + SLOW)
+    # The worst leaf of 18 meshes, four cases and two jax versions: rounding alone reaches 2.3e-6.
+    check(case, QUICK + SLOW, 3e-6)
