@@ -1,7 +1,8 @@
-"""Strict scalar types for config fields: 1 is not True, "5" is not 5, nan and inf are not numbers."""
+"""Strict scalar types for config fields: 1 is not True, "5" is not 5, nan and inf are not numbers. Layer ranges as text."""
 
 from __future__ import annotations
 
+import re
 from typing import Annotated
 
 from annotated_types import Ge, Gt, Le
@@ -20,3 +21,10 @@ NonNegFloat = Annotated[Float, Ge(0)]
 Fraction = Annotated[Float, Ge(0), Le(1)]
 Str = StrictStr
 NonEmptyStr = Annotated[StrictStr, StringConstraints(min_length=1)]
+
+
+def layer_slice(text: str) -> slice:
+    """ "15:" or "0:10" as the slice of the layers that it is in Python; ValueError for any other text."""
+    if not re.fullmatch(r"(-?\d+)?:(-?\d+)?", text):
+        raise ValueError(f"{text!r} is not a range of layers such as '15:' or '0:10'")
+    return slice(*(int(end) if end else None for end in text.split(":")))

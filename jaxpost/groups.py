@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 
 import jax
@@ -10,7 +9,7 @@ import numpy as np
 import pydantic
 
 from jaxpost.errors import ConfigError
-from jaxpost.fields import SECTION, NonNegFloat, Str
+from jaxpost.fields import SECTION, NonNegFloat, Str, layer_slice
 from jaxpost.leaves import check_pattern, layer_numbers, leaf_paths, matching
 from jaxpost.types import Tree
 
@@ -27,8 +26,11 @@ class GroupConfig:
     @pydantic.model_validator(mode="after")
     def _check(self):
         check_pattern("match", self.match)
-        if self.layers is not None and not re.fullmatch(r"(-?\d+)?:(-?\d+)?", self.layers):
-            raise ValueError(f"layers: {self.layers!r} is not a range of layers such as '15:' or '0:10'")
+        if self.layers is not None:
+            try:
+                layer_slice(self.layers)
+            except ValueError as error:
+                raise ValueError(f"layers: {error}") from None
         return self
 
 
@@ -94,8 +96,7 @@ def _within(text: str | None, held: np.ndarray | None, count: int) -> np.ndarray
     """bool[R] or bool[]: which of the layers that a leaf holds are in a range such as "15:"."""
     if text is None or held is None:
         return np.full(np.shape(held), text is None)
-    start, stop = (int(end) if end else None for end in text.split(":"))
-    return np.isin(held, range(count)[start:stop])
+    return np.isin(held, range(count)[layer_slice(text)])
 
 
 def _above(path: str, held: np.ndarray | None, count: int) -> np.ndarray:

@@ -15,7 +15,6 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
-import re
 from collections.abc import Callable, Collection
 from functools import partial
 from typing import Any
@@ -26,7 +25,7 @@ import numpy as np
 import pydantic
 
 from jaxpost.errors import ConfigError
-from jaxpost.fields import SECTION, Bool, Fraction, NonEmptyStr, NonNegInt, PosFloat, Str
+from jaxpost.fields import SECTION, Bool, Fraction, NonEmptyStr, NonNegInt, PosFloat, Str, layer_slice
 from jaxpost.models.spec import DecoderSpec, ParamInfo, abstract_params, init_params, is_info
 from jaxpost.ops.proj import Lora, column_lengths, merged
 from jaxpost.types import Array, Tree
@@ -67,8 +66,11 @@ class LoraConfig:
             )
         if self.dropout == 1:
             raise ValueError("lora.dropout: 1 would drop every input; use a value below 1")
-        if self.layers is not None and not re.fullmatch(r"(-?\d+)?:(-?\d+)?", self.layers):
-            raise ValueError(f"lora.layers: {self.layers!r} is not a range of layers such as '15:' or '0:10'")
+        if self.layers is not None:
+            try:
+                layer_slice(self.layers)
+            except ValueError as error:
+                raise ValueError(f"lora.layers: {error}") from None
         return self
 
     @property
@@ -83,8 +85,7 @@ def adapted_layers(config: LoraConfig, spec: DecoderSpec) -> range:
     """Indices of the layers that carry adapters; ConfigError where the range is empty."""
     if config.layers is None:
         return range(spec.num_layers)
-    start, stop = (int(end) if end else None for end in config.layers.split(":"))
-    found = range(spec.num_layers)[start:stop]
+    found = range(spec.num_layers)[layer_slice(config.layers)]
     if not found:
         raise ConfigError(f"lora.layers: {config.layers!r} holds none of the model's {spec.num_layers} layers")
     return found

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxpost import train
+from jaxpost import config, train
 from jaxpost.checkpoint import Checkpointer
 from jaxpost.errors import CheckpointError, TrainingError
 from tests import tiny
@@ -174,3 +174,16 @@ def test_two_starts_of_one_run_directory(tmp_path):
     config = tiny.load(tmp_path)
     with RunLock(config.run_dir), pytest.raises(ConfigError, match=f"in use by pid {os.getpid()}"):
         run(config)
+
+
+def test_what_is_lost_or_out_of_reach_is_said(tmp_path):
+    file = tiny.write_config(
+        tmp_path, model={"source": f"{tiny.MODEL},max_positions=32"}, loop={"steps": 1, "save_every": 0}
+    )
+    long = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "B" * 90}]}
+    with (tmp_path / "heldout.jsonl").open("a") as held_out:
+        held_out.write(json.dumps(long) + "\n")
+    run(config.load(file).config)
+    events = (tmp_path / "run" / "logs" / "events.log").read_text()
+    assert "data.seq_len 64 is more than the 32 positions that the model was trained on" in events
+    assert "of 13 held-out rows: dropped/too_long 1" in events

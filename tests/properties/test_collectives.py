@@ -1,7 +1,7 @@
 """What moves between devices in one step, on each mesh axis: the bytes of the table in docs/architecture.md.
 
-Read from the program that XLA compiled for eight CPU devices. This backend leaves an all-reduce where TPU and GPU
-compilers make a reduce-scatter of it, and reduces the input gradients of projections that share an input one by one.
+Read from the program that XLA compiled for eight CPU devices. This backend all-reduces gradients that lie in parts, and
+reduces the input gradients of projections that share an input one by one.
 """
 
 import pytest
