@@ -1,4 +1,4 @@
-"""Strict scalar types for config fields: 1 is not True, "5" is not 5, nan and inf are not numbers. Layer ranges as text."""
+"""Strict scalar types for config fields: 1 is not True, "5" is not 5, nan and inf are not numbers; layer ranges."""
 
 from __future__ import annotations
 
