@@ -48,7 +48,9 @@ def build_job(
 ) -> Job:
     """A run ready for loop.run, restored from its newest checkpoint where there is one. devices: default all."""
     config = adopt_adapters(Loaded(config, {})).config
-    model = build_model(config.model, config.mesh, config.lora, devices, rundir.start_date(config.run_dir))
+    model = build_model(
+        config.model, config.mesh, config.lora, devices, rundir.start_date(config.run_dir), config.data.segments_per_row
+    )
     algorithm, policy, rules = config.algorithm, model.policy, model.rules
     check_divides(config.data.batch_size, config.loop.micro_batches, config.data.widths, rules)
     shard_index, num_shards = host_rows(rules.mesh)

@@ -46,10 +46,11 @@ def build_model(
     adapters: lora.LoraConfig | None = None,
     devices: list | None = None,
     date: str | None = None,
+    max_segments: int | None = None,
 ) -> Model:
     """Locate weights and tokenizer, lay out the mesh; raises ConfigError before anything large is read.
 
-    date: ISO date for chat templates that write today's; None: today's.
+    date: ISO date for chat templates that write today's; None: today's. max_segments: the most that a packed row holds.
     """
     located = locate(config.source, config.tokenizer)
     if located.tokenizer_path is None:
@@ -67,9 +68,13 @@ def build_model(
     dtype = config.compute_dtype
     if dtype == "auto":
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    platform = mesh.devices.flat[0].platform
+    if (needs := {"splash": "tpu", "cudnn": "gpu"}.get(config.attention, platform)) != platform:
+        raise ConfigError(f"model.attention: {config.attention} runs on a {needs}, this is a {platform}; use auto")
     options = decoder.Options(
-        dtype=jnp.dtype(dtype), remat=config.remat, attention=config.attention, rules=rules if mesh.size > 1 else None
-    )
+        dtype=jnp.dtype(dtype), remat=config.remat, attention=config.attention, max_segments=max_segments,
+        rules=rules if mesh.size > 1 else None,
+    )  # fmt: skip
     policy = Policy(spec, options, adapters)
     return Model(located, tokenizer, policy, rules, jnp.dtype(config.param_dtype), template)
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_policies
 
 from jaxpost.models.spec import DecoderSpec, LayerKind
-from jaxpost.ops.attention import attention
+from jaxpost.ops.attention import Impl, attention
 from jaxpost.ops.noise import neftune_noise
 from jaxpost.ops.norm import rms_norm
 from jaxpost.ops.proj import proj
@@ -25,7 +25,8 @@ class Options:
 
     dtype: Any = jnp.float32  # of activations and matrix products
     remat: Literal["none", "full", "dots"] = "none"  # what the backward pass recomputes
-    attention: Literal["auto", "xla", "blockwise"] = "auto"
+    attention: Impl = "auto"
+    max_segments: int | None = None  # the most segments that a packed row holds, where that is known
     rules: Rules | None = None  # None: one device, no constraints
 
     def shard(self, x: jax.Array, *logical: str | None) -> jax.Array:
@@ -199,7 +200,8 @@ def _attention(
     common = dict(window=kind.window, softcap=spec.attn_softcap, scale=spec.head_dim**-0.5)
     if cache is None:
         mesh = options.rules.mesh if options.rules else None
-        out = attention(q, k, v, segments=segments, query_positions=None, impl=options.attention, mesh=mesh, **common)
+        how = dict(impl=options.attention, max_segments=options.max_segments, mesh=mesh)
+        out = attention(q, k, v, segments=segments, query_positions=None, **how, **common)
     else:
         rows = jnp.arange(B)[:, None]
         place = (rows, positions) if index is None else (index, rows, positions)

@@ -1,22 +1,23 @@
 """Causal attention over packed rows or a cache, with grouped heads, window and soft cap.
 
-Two implementations of one formula: a plain one that XLA schedules, and a blockwise one (attention_blockwise.py) that
-never holds the [T,T] scores and skips what the mask would remove. Legend: B rows, T queries, S keys, H query heads,
-KV key/value heads, G = H / KV query heads that share one.
+One formula: a plain form that XLA schedules, a blockwise one for the CPU (attention_blockwise.py), and
+the kernels of TPU and GPU (attention_kernels.py); only the plain one holds [T,T] scores. Legend: B rows, T queries,
+S keys, H query heads, KV key/value heads, G = H / KV query heads that share one.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jaxpost.ops.attention_blockwise import blockwise
+from jaxpost.ops.attention_kernels import cudnn, splash
 
 Array = jax.Array
-Impl = Literal["auto", "xla", "blockwise"]
+Impl = Literal["auto", "xla", "blockwise", "splash", "cudnn"]
 
 BLOCKWISE_FROM = 512  # positions; below, one dense product is quicker on a CPU
 
@@ -32,6 +33,7 @@ def attention(
     softcap: float | None = None,
     scale: float,
     impl: Impl = "auto",
+    max_segments: int | None = None,
     mesh: Mesh | None = None,
 ) -> Array:
     """softmax(cap(scale q k^T) where visible) v, the softmax in fp32.
@@ -44,25 +46,34 @@ def attention(
     Args:
       q: float[B,T,H,hd]. k, v: float[B,S,KV,hd], KV divides H; query head h reads head h // (H / KV).
       window: only keys less than `window` positions back are visible. softcap: c for cap(z) = c tanh(z / c).
-      impl: "auto" is blockwise for segments on a CPU from 512 positions, else xla.
-      mesh: blockwise runs under shard_map, rows over data and fsdp, heads over tensor.
+      impl: "auto" is, for segments, the quickest that can do it here: blockwise on a CPU from 512 positions, splash on
+        a TPU, cudnn on a GPU from Hopper on in bf16; else xla.
+      max_segments: the most segments that a row holds; cudnn needs it, and returns nan for a row with more.
+      mesh: all but xla run under shard_map, rows over data and fsdp, heads over tensor.
 
     Returns:
       float[B,T,H,hd] in q's dtype.
 
     Raises:
-      ValueError: shapes that do not fit, both or neither of segments and query_positions, blockwise with a cache.
+      ValueError: shapes that do not fit, both or neither of segments and query_positions, a kernel with a cache, cudnn
+        where it cannot run.
     """
     _check(q, k, v, query_positions, segments, window, impl)
+    device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
     if impl == "auto":
-        platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
-        long = segments is not None and q.shape[1] >= BLOCKWISE_FROM
-        impl = "blockwise" if long and platform == "cpu" else "xla"
+        impl = "xla" if segments is None else _quickest(device, q, softcap, max_segments)
     if segments is not None:
         real = (segments != 0)[:, :, None, None]  # before any product: 0 * nan is nan
         q, k, v = (jnp.where(real, x, 0) for x in (q, k, v))
+        common = dict(window=window, scale=scale, mesh=mesh)
         if impl == "blockwise":
-            out = blockwise(q, k, v, segments, window=window, softcap=softcap, scale=scale, mesh=mesh)
+            out = blockwise(q, k, v, segments, softcap=softcap, **common)
+        elif impl == "splash":
+            out = splash(q, k, v, segments, softcap=softcap, interpret=device.platform == "cpu", **common)
+        elif impl == "cudnn":
+            if missing := _cudnn_misses(device, q, softcap, max_segments):
+                raise ValueError(f"attention impl 'cudnn' {missing}; use 'auto'")
+            out = cudnn(q, k, v, segments, max_segments=max_segments, **common)
         else:
             index = jnp.arange(q.shape[1])
             visible = _causal(index[None, :], index, window) & (segments[:, :, None] == segments[:, None, :])
@@ -71,6 +82,30 @@ def attention(
     visible = _causal(query_positions, jnp.arange(k.shape[1]), window)
     seen = jnp.any(visible, axis=1)[:, :, None, None]
     return _dense(q, jnp.where(seen, k, 0), jnp.where(seen, v, 0), visible, softcap, scale)
+
+
+def _quickest(device: jax.Device, q: Array, softcap: float | None, max_segments: int | None) -> Impl:
+    """What "auto" is for packed rows on this device."""
+    if device.platform == "tpu":
+        return "splash"
+    if device.platform == "gpu" and _cudnn_misses(device, q, softcap, max_segments) is None:
+        return "cudnn"
+    return "blockwise" if device.platform == "cpu" and q.shape[1] >= BLOCKWISE_FROM else "xla"
+
+
+def _cudnn_misses(device: jax.Device, q: Array, softcap: float | None, max_segments: int | None) -> str | None:
+    """What keeps cuDNN from packed rows here, None where nothing does."""
+    if device.platform != "gpu" or jax.default_backend() != "gpu":  # a described GPU has no cuDNN to ask either
+        return "needs an NVIDIA GPU"
+    if float(device.compute_capability) < 9:
+        return f"needs compute capability 9.0 for packed rows, this GPU has {device.compute_capability}"
+    if q.dtype not in (jnp.bfloat16, jnp.float16):
+        return f"needs bf16 or fp16, got {q.dtype} (model.compute_dtype)"
+    if q.shape[3] % 8 or q.shape[3] > 256:
+        return f"needs heads of at most 256 and a multiple of 8, got {q.shape[3]}"
+    if softcap is not None:
+        return "has no soft cap"
+    return "needs max_segments" if max_segments is None else None
 
 
 def _check(q, k, v, query_positions, segments, window, impl) -> None:
@@ -86,10 +121,10 @@ def _check(q, k, v, query_positions, segments, window, impl) -> None:
         raise ValueError(f"query_positions {query_positions.shape} must be the [B,T] of q {q.shape}")
     if window is not None and window < 1:
         raise ValueError(f"window must be positive, got {window}")
-    if impl not in ("auto", "xla", "blockwise"):
-        raise ValueError(f"impl must be auto, xla or blockwise, got {impl!r}")
-    if impl == "blockwise" and segments is None:
-        raise ValueError("blockwise attention needs segments; use impl='xla' with a cache")
+    if impl not in get_args(Impl):
+        raise ValueError(f"impl must be one of {', '.join(get_args(Impl))}, got {impl!r}")
+    if impl not in ("auto", "xla") and segments is None:
+        raise ValueError(f"{impl} attention needs segments; use impl='xla' with a cache")
 
 
 def _causal(query: Array, key: Array, window: int | None) -> Array:

@@ -55,7 +55,7 @@ def blockwise(
     b, t, h, d = q.shape
     on_mesh = mesh is not None and mesh.size > 1
     if on_mesh:
-        k, v = _split_heads(q, k, v, mesh)
+        k, v = split_heads(q, k, v, mesh)
     kv = k.shape[2]
     padding = -t % BLOCK
     starts = jnp.pad(first_visible(segments, window), ((0, 0), (0, padding)), constant_values=t + padding)
@@ -76,7 +76,7 @@ def first_visible(segments: Array, window: int | None) -> Array:
     return jnp.where(segments != 0, starts, segments.shape[1])
 
 
-def _split_heads(q: Array, k: Array, v: Array, mesh: Mesh) -> tuple[Array, Array]:
+def split_heads(q: Array, k: Array, v: Array, mesh: Mesh) -> tuple[Array, Array]:
     """k, v with heads repeated just so often that the tensor axis divides them."""
     rows = math.prod(mesh.shape.get(axis, 1) for axis in ROW_AXES)
     tensor = mesh.shape.get(HEAD_AXIS, 1)
@@ -111,15 +111,20 @@ _attend.defvjp(_attend_fwd, _attend_bwd)
 def _on_mesh(static: Static, function, in_kinds: str, out_kinds: str, *args):
     """Runs the function on each shard's rows and heads; a letter says where an array has them."""
     function = functools.partial(function, static)
-    if static.mesh is None:
-        return function(*args)
-    names = static.mesh.shape
+    if static.mesh is not None:
+        function = shard_rows_and_heads(function, static.mesh, in_kinds, out_kinds, heads_at=1)
+    return function(*args)
+
+
+def shard_rows_and_heads(function, mesh: Mesh, in_kinds: str, out_kinds: str, heads_at: int):
+    """The function under shard_map: rows (dim 0) over data and fsdp; heads (dim heads_at) over tensor, except "s"."""
+    names = mesh.shape
     rows = tuple(axis for axis in ROW_AXES if axis in names) or None
     heads = HEAD_AXIS if HEAD_AXIS in names else None
-    split, whole = PartitionSpec(rows, heads), PartitionSpec(rows)
-    specs = {"q": split, "k": split, "l": split, "s": whole}
-    in_specs, out_specs = (tuple(specs[kind] for kind in kinds) for kinds in (in_kinds, out_kinds))
-    return jax.shard_map(function, mesh=static.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)(*args)
+    split, whole = PartitionSpec(rows, *(None,) * (heads_at - 1), heads), PartitionSpec(rows)
+    in_specs, out_specs = (tuple(whole if kind == "s" else split for kind in kinds) for kinds in (in_kinds, out_kinds))
+    out_specs = out_specs if len(out_specs) > 1 else out_specs[0]
+    return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 
 def _query_block(x: Array, row: Array, i: Array) -> Array:

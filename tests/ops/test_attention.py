@@ -10,6 +10,7 @@ from jax.sharding import AxisType
 
 from jaxpost.ops.attention import attention
 from jaxpost.ops.attention_blockwise import BLOCK, first_visible
+from jaxpost.ops.attention_kernels import segment_bounds
 
 ROWS = {
     "one": [[200]],
@@ -218,3 +219,27 @@ def test_wrong_arguments_are_refused():
     ):
         with pytest.raises(ValueError, match=message):
             jax.eval_shape(lambda args=args, options=options: attention(*args, scale=1.0, **options))
+
+
+@pytest.mark.parametrize("rows,window,softcap", [("packed", None, None), ("packed", 40, 1.5), ("blocks", 64, None)])
+def test_splash_equals_dense(rows, window, softcap):
+    """The TPU kernel, run step by step on the CPU."""
+    segments = segments_of(ROWS[rows])
+    args = example(*segments.shape, width=8)
+    options = {"segments": segments, "window": window, "softcap": softcap}
+    got, want = (value_and_grads(impl, *args, **options) for impl in ("splash", "xla"))
+    assert_close(got, want, 1e-5)
+
+
+def test_segment_bounds():
+    segments = np.array([[1, 1, 2, 2, 2, 0, 0], [0, 1, 1, 0, 3, 3, 3]])
+    starts, lengths = segment_bounds(segments, 3)
+    assert starts.tolist() == [[0, 2, -1], [1, -1, 4]]
+    assert lengths.tolist() == [[2, 3, -1], [2, -1, 3]]
+
+
+def test_cudnn_is_refused_with_the_reason_and_never_chosen_on_a_cpu():
+    segments = segments_of(ROWS["packed"])
+    q, k, v, _ = example(*segments.shape)
+    with pytest.raises(ValueError, match="'cudnn' needs an NVIDIA GPU; use 'auto'"):
+        attention(q, k, v, segments=segments, scale=0.3, impl="cudnn", max_segments=4)
