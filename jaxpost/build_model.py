@@ -65,14 +65,13 @@ def build_model(
         mesh, num_heads=spec.num_heads, num_kv_heads=spec.num_kv_heads, d_model=spec.d_model, d_ff=spec.d_ff,
         vocab_size=spec.vocab_size,
     )  # fmt: skip
-    dtype = config.compute_dtype
-    if dtype == "auto":
-        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     platform = mesh.devices.flat[0].platform
+    defaults = ("float32", "none") if platform == "cpu" else ("bfloat16", "dots")
+    dtype, remat = (d if x == "auto" else x for x, d in zip((config.compute_dtype, config.remat), defaults))
     if (needs := {"splash": "tpu", "cudnn": "gpu"}.get(config.attention, platform)) != platform:
         raise ConfigError(f"model.attention: {config.attention} runs on a {needs}, this is a {platform}; use auto")
     options = decoder.Options(
-        dtype=jnp.dtype(dtype), remat=config.remat, attention=config.attention, max_segments=max_segments,
+        dtype=jnp.dtype(dtype), remat=remat, attention=config.attention, max_segments=max_segments,
         rules=rules if mesh.size > 1 else None,
     )  # fmt: skip
     policy = Policy(spec, options, adapters)

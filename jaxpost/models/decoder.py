@@ -33,7 +33,21 @@ class Options:
         return x if self.rules is None else self.rules.shard(x, *logical)
 
 
-REMAT = {"full": checkpoint_policies.nothing_saveable, "dots": checkpoint_policies.dots_with_no_batch_dims_saveable}
+def _splash_saveable(primitive: Any, *_: Any, **__: Any) -> bool:
+    return primitive.name == "pallas_call"
+
+
+# "dots" keeps products with weights, and attention where its residue is a number a head and token. cuDNN's is that
+# times data.max_segments, so its forward pass runs again.
+REMAT = {
+    "full": checkpoint_policies.nothing_saveable,
+    "dots": checkpoint_policies.save_from_both_policies(
+        checkpoint_policies.dots_with_no_batch_dims_saveable,
+        checkpoint_policies.save_from_both_policies(
+            _splash_saveable, checkpoint_policies.save_only_these_names("attention")
+        ),
+    ),
+}
 
 
 def head(params: dict) -> jax.Array:

@@ -35,7 +35,7 @@ class ModelConfig:
     source: NonEmptyStr  # a model folder | hf:org/name | gguf:FILE | ckpt:RUN[/STEP] | init:SPEC | smollm2-135m
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on TPU and GPU, float32 on CPU
     param_dtype: Literal["float32", "bfloat16"] = "float32"  # of stored and trained weights
-    remat: Literal["none", "full", "dots"] = "none"  # what the backward pass recomputes to save memory
+    remat: Literal["auto", "none", "dots", "full"] = "auto"  # recompute nothing, all but products, all
     attention: Literal["auto", "xla", "blockwise", "splash", "cudnn"] = "auto"  # auto: the quickest that runs here
     tokenizer: NonEmptyStr | None = None  # None: the one that comes with the weights
     chat_template: NonEmptyStr | None = None  # file with a jinja template; None: the tokenizer's

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, PartitionSpec
 
 Array = jax.Array
@@ -97,7 +98,7 @@ def _attend(static, q, k, v, starts):
 
 
 def _attend_fwd(static, q, k, v, starts):
-    out, lse = _on_mesh(static, _forward, "qkks", "ql", q, k, v, starts)
+    out, lse = checkpoint_name(_on_mesh(static, _forward, "qkks", "ql", q, k, v, starts), "attention")
     return out, (q, k, v, starts, out, lse)
 
 

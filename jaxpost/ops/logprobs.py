@@ -21,7 +21,8 @@ import jax.numpy as jnp
 from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 from jax.sharding import Mesh, PartitionSpec
 
-from jaxpost.ops.logprobs_shard import TILE, Plan, axes_of, backward, forward
+from jaxpost.ops import logprobs_shard as shard
+from jaxpost.ops.logprobs_shard import Plan, axes_of, backward, forward
 
 Array = jax.Array
 
@@ -100,7 +101,10 @@ def token_stats(
         raise ValueError(f"softcap must be positive or None, got {softcap}")
     if tile is not None and tile < 1:
         raise ValueError(f"tile must be positive, got {tile}")
-    plan = Plan(tile or TILE, softcap, head.shape[0])
+    platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+    wide = platform != "cpu"
+    columns, chunk = (shard.WIDE_TILE, shard.WIDE_CHUNK_BYTES) if wide else (shard.TILE, shard.CHUNK_BYTES)
+    plan = Plan(tile or columns, chunk, softcap, head.shape[0])
     if mesh is not None and mesh.size > 1:
         plan = _plan_on_mesh(plan, mesh, specs, hidden.ndim, head.shape)
         shards = math.prod(mesh.shape[axis] for axis in plan.vocab_axes)

@@ -16,8 +16,10 @@ from jax.sharding import Mesh, PartitionSpec
 
 Array = jax.Array
 
-TILE = 4096  # columns of the local vocabulary at a time
+TILE = 4096  # columns of the local vocabulary at a time, on a CPU
 CHUNK_BYTES = 8 * 2**20  # most fp32 logits at a time: 512 rows of a tile; more rows would skip less
+WIDE_TILE = 16_384  # the same two on a TPU or GPU, which small products would leave idle: 4,096 rows of a tile
+WIDE_CHUNK_BYTES = 256 * 2**20
 KEPT_BYTES = 256 * 2**20  # most fp32 logits that the forward pass leaves for the backward pass, on each device
 MASKED = -1e30  # a logit that does not count; finite, because 0 * -inf is nan
 
@@ -26,6 +28,7 @@ class Plan(NamedTuple):
     """What is static in one call: tiling, soft cap and where the arrays lie on the mesh."""
 
     tile: int
+    chunk_bytes: int
     softcap: float | None
     vocab: int  # rows of the head; what it was padded to beyond them counts for nothing
     mesh: Mesh | None = None
@@ -62,9 +65,9 @@ def axes_of(spec: PartitionSpec, dim: int) -> tuple[str, ...]:
 class Rows:
     """The tokens of a shard in chunks of R rows; with a mask, those that count come first, in the first `chunks`."""
 
-    def __init__(self, shape: tuple[int, ...], mask: Array | None, tile: int):
+    def __init__(self, shape: tuple[int, ...], mask: Array | None, tile: int, chunk_bytes: int):
         self.shape, self.num_tokens = shape, math.prod(shape)
-        self.num_chunks = max(1, -(-self.num_tokens * tile * 4 // CHUNK_BYTES))
+        self.num_chunks = max(1, -(-self.num_tokens * tile * 4 // chunk_bytes))
         self.rows = -(-self.num_tokens // self.num_chunks)
         self.order = None if mask is None else jnp.argsort(~mask.reshape(-1), stable=True)
         self.count = self.num_tokens if mask is None else jnp.sum(mask, dtype=jnp.int32)
@@ -142,7 +145,7 @@ def forward(plan: Plan, leave: str, hidden, head, targets, mask, temperature):
     with_direction = leave == "direction"
     dtype = hidden.dtype
     head = Head(plan, head.astype(dtype))
-    rows = Rows(targets.shape, mask, head.tile)
+    rows = Rows(targets.shape, mask, head.tile, plan.chunk_bytes)
     x, y, inverse = rows.pack(hidden), rows.pack(targets), 1 / temperature
 
     def tile_step(keep, i, carry):
@@ -210,7 +213,7 @@ def backward(plan, want_hidden, want_head, hidden, head, targets, mask, temperat
     """
     dtype, head_dtype = hidden.dtype, head.dtype
     head = Head(plan, head.astype(dtype))
-    rows = Rows(targets.shape, mask, head.tile)
+    rows = Rows(targets.shape, mask, head.tile, plan.chunk_bytes)
     x, y, inverse = rows.pack(hidden), rows.pack(targets), 1 / temperature
     per_token = tuple(map(rows.pack, per_token))  # lse, entropy, by_logprob, by_entropy, by_lse
     num_kept = 0 if kept is None else kept.shape[1]

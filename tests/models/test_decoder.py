@@ -170,3 +170,17 @@ def test_bf16_compute_stays_close():
     rough, _, _ = decoder.apply(SPEC, params, *rows(SPEC), options=decoder.Options(dtype=jnp.bfloat16))
     assert rough.dtype == jnp.bfloat16
     assert 0 < np.abs(rough.astype(jnp.float32) - exact).max() < 0.15
+
+
+def test_remat_dots_does_not_run_attention_twice():
+    """Loops of the blockwise kernel: as many under "dots" as when everything is kept, more under "full"."""
+    spec = dataclasses.replace(SPEC, num_layers=2)
+    params = init_params(abstract_params(spec), jax.random.key(0))
+    tokens, segments = jnp.zeros((1, 512), jnp.int32), jnp.ones((1, 512), jnp.int32)
+
+    def loops(remat):
+        options = decoder.Options(remat=remat, attention="blockwise")
+        loss = lambda params: decoder.apply(spec, params, tokens, tokens, segments, options=options)[0].sum()
+        return jax.jit(jax.grad(loss)).lower(params).compile().as_text().count(" while(")
+
+    assert loops("dots") == loops("none") < loops("full")
