@@ -91,11 +91,16 @@ class Algorithm(abc.ABC):
     ) -> tuple[Array, Metrics]:
         """A weighted sum over one micro-batch, and metrics that add up over micro-batches."""
 
+    def size(self, batch: Batch) -> Array:
+        """What one held-out batch counts beside others, f32[]: as many as its weights were divided by."""
+        return jnp.sum(batch.mask, dtype=jnp.float32)
+
     def evaluate(self, apply: Policy, state: TrainState, frozen: Frozen, batch: Batch) -> dict[str, Mean]:
         """Held-out metrics of one batch; the loop adds the two parts of each Mean over batches."""
         batch, _ = self.prepare(apply, state, frozen, batch)
         _, metrics = self.loss(apply, state.params, frozen, batch, None)
-        return {name: value for name, value in metrics.items() if isinstance(value, Mean)}
+        size = self.size(batch)
+        return {name: Mean(x.value * size, size) for name, x in metrics.items() if isinstance(x, Mean)}
 
 
 def registry() -> dict[str, type[Algorithm]]:
@@ -130,4 +135,9 @@ def token_weights(mask: Array, segments: Array, rule: Normalise, constant: float
         return wanted / jnp.maximum(jnp.sum(wanted), 1.0)
     counts = segment_sums(wanted, segments, mask.shape[1])  # [B,T+1]: a row holds at most T segments
     own = jnp.take_along_axis(counts, segments, axis=1)
-    return wanted / (jnp.maximum(own, 1.0) * jnp.maximum(jnp.sum(counts > 0), 1))
+    return wanted / (jnp.maximum(own, 1.0) * jnp.maximum(count_sequences(mask, segments), 1.0))
+
+
+def count_sequences(mask: Array, segments: Array) -> Array:
+    """Segments with a trainable target, f32[]."""
+    return jnp.sum(segment_sums(mask.astype(jnp.float32), segments, mask.shape[1]) > 0, dtype=jnp.float32)

@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import model_validator
 from pydantic.dataclasses import dataclass
 
-from jaxpost.algos.base import Algorithm, Context, Normalise, SlowRule, Source, token_weights
+from jaxpost.algos.base import Algorithm, Context, Normalise, SlowRule, Source, count_sequences, token_weights
 from jaxpost.fields import SECTION, NonNegFloat, PosFloat
 from jaxpost.losses.sft import sft_loss
 from jaxpost.types import weighted_mean
@@ -51,6 +51,10 @@ class SFT(Algorithm):
         """weights, from the mask and the rule."""
         weights = token_weights(batch.mask, batch.segments, self.normalise, self.constant)
         return batch.replace(weights=weights), state.scalars
+
+    def size(self, batch):
+        """Trainable targets, or sequences where each counts the same."""
+        return count_sequences(batch.mask, batch.segments) if self.normalise == "sequence" else super().size(batch)
 
     def loss(self, apply, params, frozen, batch, rng):
         """sum of weights * (nll or dft, and z-loss), with entropy and accuracy under the same weights."""

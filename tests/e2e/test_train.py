@@ -187,3 +187,17 @@ def test_what_is_lost_or_out_of_reach_is_said(tmp_path):
     events = (tmp_path / "run" / "logs" / "events.log").read_text()
     assert "data.seq_len 64 is more than the 32 positions that the model was trained on" in events
     assert "of 13 held-out rows: dropped/too_long 1" in events
+
+
+@pytest.mark.parametrize("normalise", ["token", "sequence"])
+def test_the_held_out_loss_does_not_depend_on_the_batch_size(tmp_path, normalise):
+    """It is the mean over all held-out targets (or sequences), not of batches, whose sizes differ."""
+    found = []
+    for rows in (1, 8):
+        config = tiny.load(
+            tmp_path / str(rows), data={"batch_size": rows}, mesh={"data": 1}, loop={"steps": 1, "eval_first": True},
+            algorithm={"name": "sft", "normalise": normalise},
+        )  # fmt: skip
+        run(config)
+        found.append(tiny.metric(config.run_dir, "eval/loss")[0])
+    assert found[0] == pytest.approx(found[1], rel=1e-6)
