@@ -1,4 +1,4 @@
-"""How long the train step takes to lower and to compile, by number of layers: layers are scanned, so it should not grow.
+"""Time to lower and to compile the train step, by number of layers: layers are scanned, so it should not grow.
 
     python benchmarks/compile_time.py [--repeats 3] [--plot docs/img/compile_time.png]
 
@@ -33,7 +33,7 @@ KINDS = ("all weights", "LoRA on the upper half")
 
 
 def step_of(folder: pathlib.Path, layers: int, kind: str) -> tuple[Any, tuple]:
-    """(jitted train step, arguments to lower it with) of a tiny job with this many layers, as jaxpost.train builds it."""
+    """(jitted train step, arguments to lower it with) of a tiny job with this many layers, as a run builds it."""
     adapters = {"rank": 2, "layers": f"{layers // 2}:"} if kind == KINDS[1] else None
     source = tiny.MODEL.replace("num_layers=3", f"num_layers={layers}")
     file = tiny.write_config(folder, lora=adapters, model={"source": source}, data={"eval": []})
@@ -96,7 +96,8 @@ def main() -> None:
         spread = totals[kind, layers]
         both = f"{statistics.median(spread):.2f} ({min(spread):.2f} to {max(spread):.2f})"
         print(f"| {kind} | {layers} | {lower:.2f} | {compile:.2f} | {both} |")
-    print(f"\nmedian of {args.repeats}; jax {jax.__version__}; load average {load:.1f} before, {os.getloadavg()[0]:.1f} after")
+    loads = f"load average {load:.1f} before, {os.getloadavg()[0]:.1f} after"
+    print(f"\nmedian of {args.repeats}; jax {jax.__version__}; {loads}")
     if args.plot:
         draw(args.plot, times)
 

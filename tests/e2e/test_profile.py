@@ -106,7 +106,11 @@ def test_a_second_start_compiles_nothing(tmp_path):
             events.clear()
             run(tiny.load(tmp_path / start, loop={"steps": 1}, data={"eval": []}))
             counts.append((events.count("cache_hits"), events.count("cache_misses")))
-            steps = [file for file in (tmp_path / "cache").iterdir() if "train_step" in file.name and "atime" not in file.name]
+            steps = [
+                file
+                for file in (tmp_path / "cache").iterdir()
+                if "train_step" in file.name and "atime" not in file.name
+            ]
             assert len(steps) == 1
     finally:
         jax.monitoring.unregister_event_listener(listen)

@@ -127,22 +127,22 @@ def test_where_the_backward_pass_may_end(config, first):
 
 
 def test_taps_caches_and_soft_tokens_cross_the_cut():
-    base, adapters = weights(MIXED, UPPER)
-    policy = Policy(MIXED, Options(), UPPER)
+    base, adapters = weights(SPEC, UPPER)
+    policy = Policy(SPEC, Options(), UPPER)
     one, two = whole(policy, base, adapters), apart(policy, base, adapters)
-    assert len(stacks(one["blocks"], 3)) == 1 and len(stacks(two["blocks"], 3)) == 2
+    assert len(stacks(one["blocks"], 8)) == 1 and len(stacks(two["blocks"], 8)) == 2
     tokens, positions = jnp.asarray(TOKENS), jnp.asarray(POSITIONS)
 
     @jax.jit
     def everything(joined: dict) -> tuple:
-        cached = policy(joined, tokens, positions, None, cache=decoder.init_cache(MIXED, 2, 8))[:2]
+        cached = policy(joined, tokens, positions, None, cache=decoder.init_cache(SPEC, 2, 8))[:2]
         tapped = policy(joined, tokens, positions, tokens * 0 + 1, taps=(1, 3, 6))[2]["taps"]
 
         def soft(vectors: jax.Array) -> jax.Array:
             places = jnp.array([[1], [2]])
             return jnp.var(policy(joined, tokens, positions, tokens * 0 + 1, soft_tokens=(vectors, places))[0])
 
-        return cached, tapped, jax.grad(soft)(jnp.ones((2, 1, MIXED.d_model)))
+        return cached, tapped, jax.grad(soft)(jnp.ones((2, 1, SPEC.d_model)))
 
     got, wanted = everything(two), everything(one)
     assert np.abs(wanted[2]).max() > 0
