@@ -2,19 +2,21 @@
 
     python benchmarks/accelerator.py [--only attention|step|torch] [--shapes smollm2-135m,llama-1b] [--steps 10]
 
-Weights are random: only speed, memory and rounding are looked at. Prints markdown tables. Every variant runs in a
-process of its own, because jax and torch each want the device's memory for themselves.
+Weights are random: only speed, memory and rounding are looked at. Prints markdown tables. jax and torch run in
+processes of their own, because each wants the device's memory for itself.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import pathlib
 import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -187,50 +189,60 @@ def torch_case(shape: str, compiled: bool, steps: int) -> dict:
     return {"tokens/s": rows * length / seconds, "GiB": torch.cuda.max_memory_allocated() / 2**30}
 
 
-def measure(*case: str) -> dict:
-    """One case in a process of its own; {"failed": why} where it does not run."""
-    command = [sys.executable, __file__, "--case", json.dumps(case)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    if done.returncode:
-        lines = [line for line in done.stderr.splitlines() if "Error" in line] or ["no output"]
-        return {"failed": lines[-1].strip()[:160]}
-    return json.loads(done.stdout.splitlines()[-1])
+RUN = {"attention": attention_case, "step": step_case, "torch": torch_case}
+
+
+def measure(kind: str, shape: str, variants: list[tuple], steps: int) -> Iterator[tuple[tuple, dict]]:
+    """(variant, figures) of all variants of a shape, in a process of their own; {"failed": why} where none come."""
+    command = [sys.executable, __file__, "--case", json.dumps([kind, shape, variants, steps])]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT) as process:
+        out, errors = process.communicate()
+    found = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
+    last = (errors.strip().splitlines() or ["no output"])[-1]
+    for number, variant in enumerate(variants):
+        yield (shape, *map(str, variant)), found[number] if number < len(found) else {"failed": last[:120]}
+
+
+def run_case(kind: str, shape: str, variants: list[list], steps: int) -> None:
+    """In that process: one JSON line a variant."""
+    for variant in variants:
+        try:
+            figures = RUN[kind](shape, *variant, steps)
+        except (RuntimeError, ValueError) as error:  # out of memory, above all
+            figures = {"failed": str(error).splitlines()[0][:120]}
+        print(json.dumps(figures), flush=True)
 
 
 def table(title: str, names: tuple[str, ...], rows: list[tuple[tuple[str, ...], dict]]) -> None:
     columns = list(dict.fromkeys(key for _, values in rows for key in values if key != "failed"))
     print(f"\n{title}\n\n| {' | '.join((*names, *columns))} |\n|{'---|' * len(names)}{'---:|' * len(columns)}")
     for case, values in rows:
-        cells = (
-            [values["failed"]] if "failed" in values else [f"{values.get(key, float('nan')):.4g}" for key in columns]
-        )
+        cells = [f"{values[key]:.4g}" for key in columns if key in values] or [values["failed"]]
         print(f"| {' | '.join((*case, *cells))} |", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--only", choices=["attention", "step", "torch"])
+    parser.add_argument("--only", choices=list(RUN))
     parser.add_argument("--shapes", default="smollm2-135m,llama-1b")
     parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--remat", default="none,full")
+    parser.add_argument("--attention", default="auto,xla")
+    parser.add_argument("--remat", default="dots")
     parser.add_argument("--case", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.case:
-        kind, *rest = json.loads(args.case)
-        run = {"attention": attention_case, "step": step_case, "torch": torch_case}[kind]
-        return print(json.dumps(run(*rest)))
-    shapes, kinds, impls = args.shapes.split(","), ("packed", "one segment"), ("auto", "xla")
-    if args.only in (None, "attention"):
-        cases = [(s, k, i) for s in shapes for k in kinds for i in impls]
-        rows = [(case, measure("attention", *case, args.steps)) for case in cases]
-        table("Attention of one layer, value and gradient", ("shape", "rows hold", "attention"), rows)
-    if args.only in (None, "step"):
-        cases = [(s, k, i, r) for s in shapes for k in kinds for i in impls for r in args.remat.split(",")]
-        rows = [(case, measure("step", *case, args.steps)) for case in cases]
-        table("Whole step", ("shape", "rows hold", "attention", "remat"), rows)
-    if args.only in (None, "torch"):
-        rows = [((s, str(c)), measure("torch", s, c, args.steps)) for s in shapes for c in (False, True)]
-        table("torch, one segment a row", ("shape", "torch.compile"), rows)
+        return run_case(*json.loads(args.case))
+    kinds, impls, remats = ("packed", "one segment"), args.attention.split(","), args.remat.split(",")
+    tables = {
+        "attention": ("Attention of one layer, value and gradient, bf16", ("rows hold", "attention"), (kinds, impls)),
+        "step": ("Whole step, bf16", ("rows hold", "attention", "remat"), (kinds, impls, remats)),
+        "torch": ("torch, one segment a row, bf16 autocast", ("torch.compile",), ((False, True),)),
+    }
+    for kind, (title, names, choices) in tables.items():
+        if args.only in (None, kind):
+            variants = list(itertools.product(*choices))
+            rows = [row for shape in args.shapes.split(",") for row in measure(kind, shape, variants, args.steps)]
+            table(title, ("shape", *names), rows)
 
 
 if __name__ == "__main__":

@@ -121,6 +121,7 @@ def build_job(
     )
     peak = flops.peak_flops(jax.devices()[0].device_kind)
     adapter_params, full_params = (None, 0) if config.lora is None else lora.param_counts(config.lora, policy.spec)
+    first_trained = 0 if config.lora is None else lora.first_trained_layer(config.lora, policy.spec)
     return Job(
         state=state,
         frozen=frozen,
@@ -132,8 +133,12 @@ def build_job(
         total_steps=total_steps,
         meta=meta,
         flops_per_token=partial(
-            flops.train_flops_per_token, policy.spec, adapter_params=adapter_params, full_params=full_params
-        ),
+            flops.train_flops_per_token,
+            policy.spec,
+            adapter_params=adapter_params,
+            full_params=full_params,
+            first_trained_layer=first_trained,
+        ),  # fmt: skip
         peak_flops=None if peak is None else peak * rules.mesh.size,
         num_programs=len(config.data.widths),
     )

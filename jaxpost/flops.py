@@ -44,22 +44,34 @@ def mean_visible_keys(length: int, window: int | None = None) -> float:
 
 def matmul_params(spec: DecoderSpec) -> int:
     """Weights that multiply every token: all projections and the head, not the embedding lookup, not norms."""
+    return spec.num_layers * layer_params(spec) + spec.d_model * spec.vocab_size
+
+
+def layer_params(spec: DecoderSpec) -> int:
+    """Weights of one layer's projections."""
     heads, kv_heads = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
-    layer = spec.d_model * (2 * heads + 2 * kv_heads) + 3 * spec.d_model * spec.d_ff
-    return spec.num_layers * layer + spec.d_model * spec.vocab_size
+    return spec.d_model * (2 * heads + 2 * kv_heads) + 3 * spec.d_model * spec.d_ff
 
 
 def train_flops_per_token(
-    spec: DecoderSpec, length: int, *, adapter_params: int | None = None, full_params: int = 0
+    spec: DecoderSpec,
+    length: int,
+    *,
+    adapter_params: int | None = None,
+    full_params: int = 0,
+    first_trained_layer: int = 0,
 ) -> float:
     """Model FLOPs of forward and backward for one token of a segment of this length.
 
     Full training 6 N + 12 H hd sum over layers of the visible keys: 2 N forward, 2 N for the gradient of activations,
     2 N for that of weights. With adapters (their parameter count A) the base needs no weight gradient but for the
-    `full_params` F of its weights that are trained beside them: 4 N + 6 A + 2 F + the same attention. `length` is the
-    mean segment length where rows are packed.
+    `full_params` F of its weights that are trained beside them: 4 N + 6 A + 2 F + the same attention. Layers below
+    `first_trained_layer` have no backward pass: 2 N and 4 H hd keys of them. `length` is the mean segment length where
+    rows are packed.
     """
     weights = matmul_params(spec)
     dense = 6 * weights if adapter_params is None else 4 * weights + 6 * adapter_params + 2 * full_params
-    keys = sum(mean_visible_keys(length, spec.kind(layer).window) for layer in range(spec.num_layers))
-    return dense + 12 * spec.num_heads * spec.head_dim * keys
+    dense -= 2 * layer_params(spec) * first_trained_layer
+    keys = [mean_visible_keys(length, spec.kind(layer).window) for layer in range(spec.num_layers)]
+    passes = 3 * sum(keys[first_trained_layer:]) + sum(keys[:first_trained_layer])
+    return dense + 4 * spec.num_heads * spec.head_dim * passes

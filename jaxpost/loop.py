@@ -14,6 +14,7 @@ from pydantic.dataclasses import dataclass
 
 from jaxpost.errors import TrainingError
 from jaxpost.fields import SECTION, Bool, NonNegInt, PosFloat, PosInt
+from jaxpost.profiling import NO_PROFILE, Profile
 from jaxpost.types import Frozen, Metrics, TrainState
 
 
@@ -56,8 +57,10 @@ class Job:
     num_programs: int = 1  # declared batch shapes: one compilation each
 
 
-def run(config: LoopConfig, job: Job) -> TrainState:
+def run(config: LoopConfig, job: Job, profile: Profile = NO_PROFILE) -> TrainState:
     """Train from job.state.step to job.total_steps; returns the last state. Saves and returns early on SIGTERM.
+
+    profile: told of every step, so that it can record some of them.
 
     Raises TrainingError after config.max_skipped_in_a_row refused updates in a row.
     """
@@ -67,11 +70,13 @@ def run(config: LoopConfig, job: Job) -> TrainState:
     if start == 0 and config.eval_first:
         _evaluate(job, 0, state)
         clock = _Clock(job)
-    with _StopSignal() as stop:
+    with _StopSignal() as stop, profile:
         for step in range(start, job.total_steps):
+            profile.before(step, state)
             batch = next(job.source)
             with jax.profiler.StepTraceAnnotation("train", step_num=step):
                 state, metrics = job.train_step(state, job.frozen, batch)
+            profile.after(step + 1, metrics)
             job.source.publish(state, step + 1)
             if step == start:
                 jax.block_until_ready(metrics)

@@ -91,6 +91,13 @@ def adapted_layers(config: LoraConfig, spec: DecoderSpec) -> range:
     return found
 
 
+def first_trained_layer(config: LoraConfig, spec: DecoderSpec) -> int:
+    """The lowest layer that a gradient is needed for, counting all of them where more than adapters is trained."""
+    if full_names(config, spec) - {"final_norm", "head"}:  # those lie above the layers
+        return 0
+    return adapted_layers(config, spec).start if config.rank else spec.num_layers
+
+
 def adopt(
     config: LoraConfig, found: LoraConfig, spec: DecoderSpec, written: Collection[str] | None = None
 ) -> LoraConfig:
@@ -177,6 +184,27 @@ def join(base: Tree, adapters: Tree, config: LoraConfig) -> Tree:
     return _zip(base, adapters, config, lambda weight, leaf: leaf)
 
 
+def set_idle_apart(joined: Tree, config: LoraConfig, spec: DecoderSpec) -> Tree:
+    """A joined tree in which the layers below first_trained_layer are seen to carry no adapter.
+
+    Loose layers there are plain weights again, stacks say where their adapters begin (Lora.first): no result changes,
+    and the backward pass ends at the lowest adapter (models/stacks.py).
+    """
+    first = first_trained_layer(config, spec)
+    if first == 0:
+        return joined
+    plain = partial(jax.tree.map, lambda leaf: leaf.base if _is_lora(leaf) else leaf, is_leaf=_is_lora)
+    row = min(max(first - spec.num_prefix, 0) // len(spec.pattern), spec.repeats)
+    above = spec.num_layers - spec.num_tail
+    return joined | {
+        "prefix": [plain(layer) if i < first else layer for i, layer in enumerate(joined["prefix"])],
+        "blocks": jax.tree.map(
+            lambda leaf: leaf.replace(first=row) if _is_lora(leaf) else leaf, joined["blocks"], is_leaf=_is_lora
+        ),
+        "tail": [plain(layer) if above + i < first else layer for i, layer in enumerate(joined["tail"])],
+    }
+
+
 def merge(base: Tree, adapters: Tree, config: LoraConfig) -> Tree:
     """Plain weights: base + scale * a @ b, with DoRA at its magnitudes, or what is trained in full.
 
@@ -233,6 +261,10 @@ def _start(base: Any, adapters: Any) -> Any:
 def _clear(rows: Any, pair: Any) -> Any:
     """A pair that is zero in these rows; what is trained in full stays."""
     return {name: x.at[rows].set(0) for name, x in pair.items()} if _is_pair(pair) else pair
+
+
+def _is_lora(x: Any) -> bool:
+    return isinstance(x, Lora)
 
 
 def _is_pair(x: Any) -> bool:

@@ -128,7 +128,7 @@ def _commit() -> str | None:
     return head.strip() + ("+" if changed.strip() else "")
 
 
-CONTENTS = ("checkpoints", "samples", "eval", "export", "logs", "tensorboard")
+CONTENTS = ("checkpoints", "samples", "eval", "export", "logs", "tensorboard", "profile")
 FILES = ("config.yaml", "env.json", "metrics.jsonl", "loss.png", "report.html")
 
 

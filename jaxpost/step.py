@@ -13,6 +13,7 @@ import optax
 from jaxpost import spikes
 from jaxpost.types import Array, Batch, Frozen, Mean, Metrics, Stream, TrainState
 
+scope = jax.named_scope  # the parts of a step by name, in HLO and in profiles; decoder.py and ops/logprobs.py go on
 COUNTERS = ("skipped_steps", "skipped_in_a_row", "most_skipped_in_a_row")
 
 
@@ -68,43 +69,48 @@ def make_step(
     """
 
     def train_step(state: TrainState, frozen: Frozen, batch: Batch) -> tuple[TrainState, Metrics]:
-        batch, scalars = algorithm.prepare(apply, state, frozen, batch)
+        with scope("prepare"):
+            batch, scalars = algorithm.prepare(apply, state, frozen, batch)
         rng = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), Stream.DROPOUT), state.step)
 
         def value_and_grad(part: Batch, number: Array) -> tuple[Any, Metrics]:
             key = jax.random.fold_in(rng, number) if stochastic else None
-            loss = lambda params: algorithm.loss(apply, params, frozen, part, key)
+            loss = scope("loss")(lambda params: algorithm.loss(apply, params, frozen, part, key))
             (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(state.params)
             wide = jax.tree.map(lambda g: g.astype(jnp.float32), grads)  # bf16 sums would lose micro-batches
             return wide, {"loss": value, **metrics}
 
         grads, metrics = _accumulate(value_and_grad, batch, micro_batches)
-        if trainable is not None:
-            grads = jax.tree.map(lambda wanted, g: g if wanted else jnp.zeros_like(g), trainable, grads)
-        norm = optax.global_norm(grads)
-        scale = 1.0 if clip_norm is None else jnp.minimum(1.0, clip_norm / (norm + 1e-6))  # as torch's clip_grad_norm_
-        updates, opt_state = tx.update(jax.tree.map(lambda g: g * scale, grads), state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-
-        good = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"])
-        if skip_spikes is not None:
-            good &= spikes.is_calm(state.scalars, metrics["loss"], norm, skip_spikes)
-            scalars = scalars | spikes.remember(state.scalars, metrics["loss"], norm)
-        params, opt_state, scalars = _keep_if(
-            good, (params, opt_state, scalars), (state.params, state.opt_state, state.scalars)
-        )
-        skipped = state.scalars["skipped_steps"] + ~good
-        in_a_row = jnp.where(good, 0, state.scalars["skipped_in_a_row"] + 1)
-        most = jnp.maximum(state.scalars["most_skipped_in_a_row"], in_a_row)  # so that a log step misses none
-        counters = dict(zip(COUNTERS, (skipped, in_a_row, most), strict=True))
+        with scope("clip"):
+            if trainable is not None:
+                grads = jax.tree.map(lambda wanted, g: g if wanted else jnp.zeros_like(g), trainable, grads)
+            norm = optax.global_norm(grads)
+            scale = 1.0 if clip_norm is None else jnp.minimum(1.0, clip_norm / (norm + 1e-6))  # as in torch
+            grads = jax.tree.map(lambda g: g * scale, grads)
+        with scope("update"):
+            updates, opt_state = tx.update(grads, state.opt_state, state.params)
+            params = optax.apply_updates(state.params, updates)
+        with scope("guard"):
+            good = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"])
+            if skip_spikes is not None:
+                good &= spikes.is_calm(state.scalars, metrics["loss"], norm, skip_spikes)
+                scalars = scalars | spikes.remember(state.scalars, metrics["loss"], norm)
+            params, opt_state, scalars = _keep_if(
+                good, (params, opt_state, scalars), (state.params, state.opt_state, state.scalars)
+            )
+            skipped = state.scalars["skipped_steps"] + ~good
+            in_a_row = jnp.where(good, 0, state.scalars["skipped_in_a_row"] + 1)
+            most = jnp.maximum(state.scalars["most_skipped_in_a_row"], in_a_row)  # so that a log step misses none
+            counters = dict(zip(COUNTERS, (skipped, in_a_row, most), strict=True))
+            slow = {
+                role: _keep_if(good, _move(rule, state.slow[role], params[role], state.step + 1), state.slow[role])
+                for role, rule in algorithm.slow.items()
+            }
         new = TrainState(
             step=state.step + 1,
             params=params,
             opt_state=opt_state,
-            slow={
-                role: _keep_if(good, _move(rule, state.slow[role], params[role], state.step + 1), state.slow[role])
-                for role, rule in algorithm.slow.items()
-            },
+            slow=slow,
             scalars=scalars | counters,
         )
         metrics = {name: value.value if isinstance(value, Mean) else value for name, value in metrics.items()}

@@ -19,6 +19,7 @@ FLAGS = (
     cli.Flag("overwrite", False, "delete the run in run_dir and start again"),
     cli.Flag("allow_changed", None, "FIELD,...: config keys that may differ from the saved run's"),
     cli.Flag("allow_fallback", False, "where the newest checkpoint is damaged, go on from an older one"),
+    cli.Flag("profile_steps", None, "A:B: record the steps after step A, up to step B, into run_dir/profile"),
 )
 
 
@@ -29,11 +30,13 @@ def run(
     overwrite: bool = False,
     allow_changed: Sequence[str] = (),
     allow_fallback: bool = False,
+    profile_steps: tuple[int, int] | None = None,
     devices: list | None = None,
 ) -> Any:
     """Train as config (a jaxpost.Config) says and return the last TrainState.
 
-    dump: the text saved as config.yaml, with provenance. devices: those that the mesh is laid over, default all.
+    dump: the text saved as config.yaml, with provenance. profile_steps: (10, 12) records the two steps after the tenth
+    into run_dir/profile (profiling.py). devices: those that the mesh is laid over, default all.
 
     Raises a JaxpostError that says what to do; never leaves a damaged checkpoint.
     """
@@ -46,6 +49,7 @@ def run(
     from jaxpost.manifest import replace_file
     from jaxpost.metrics import Sinks, before_and_after
     from jaxpost.metrics_plot import plot_losses
+    from jaxpost.profiling import Profile
     from jaxpost.sharding import join_cluster
 
     compilation_cache()
@@ -73,7 +77,9 @@ def run(
                         f"this run is done: {job.total_steps} steps in {config.run_dir}; --overwrite starts again, "
                         "another run_dir starts another"
                     )
-                state = loop.run(config.loop, job)
+                profile = Profile(config.run_dir, profile_steps, sinks.event, writes=writes)
+                profile.check(int(job.state.step), job.total_steps)
+                state = loop.run(config.loop, job, profile)
             if int(state.step) >= job.total_steps and (text := before_and_after(config.run_dir)):
                 sinks.event(text)
         if writes:
@@ -83,8 +89,9 @@ def run(
 
 def main(args: cli.Arguments) -> None:
     """The command."""
-    from jaxpost import config
+    from jaxpost import config, profiling
 
+    profile_steps = profiling.parse_steps(args.flags["profile_steps"])
     loaded = config.from_arguments(args)
     if loaded.config.lora is not None and loaded.config.lora.source is not None:
         from jaxpost.build_model import adopt_adapters  # only here: it imports all that a run needs
@@ -100,6 +107,7 @@ def main(args: cli.Arguments) -> None:
         overwrite=args.flags["overwrite"],
         allow_changed=[name for name in allowed if name],
         allow_fallback=args.flags["allow_fallback"],
+        profile_steps=profile_steps,
     )
 
 

@@ -69,3 +69,31 @@ def collectives(text: str) -> list[Collective]:
                 sizes = tuple(BYTES[kind] * math.prod(int(n) for n in dims.split(",") if n) for kind, dims in arrays)
                 out.append(Collective(match[2], sizes, depth[name], line.strip()))
     return out
+
+
+PRODUCT = re.compile(r"= \w+\[([\d,]*)\]\S* dot\(%?([\w.\-]+), .*lhs_contracting_dims=\{([\d,]*)\}")
+
+
+def product_flops(text: str) -> int:
+    """FLOPs of all matrix products that a compiled program does; loops count as often as they turn."""
+    found = computations(text)
+    turns = {name: 0 for name in found}
+    entry = re.search(r"^ENTRY %?([\w.\-]+)", text, re.MULTILINE)[1]
+
+    def visit(name: str, times: int) -> None:
+        turns[name] += times
+        for line in found[name]:
+            for word, callee in re.findall(r"([\w_]+)=\{?%([\w.\-]+)", line):
+                if callee in found and word in ("body", "calls", "to_apply"):
+                    count = re.search(r'known_trip_count":\{"n":"(\d+)"', line) if word == "body" else None
+                    visit(callee, times * (int(count[1]) if count else 1))
+
+    visit(entry, 1)
+    total = 0
+    for name, lines in found.items():
+        shapes = {m[1]: m[2] for line in lines if (m := re.match(r"\s*(?:ROOT )?%?([\w.\-]+) = \w+\[([\d,]*)\]", line))}
+        for match in filter(None, map(PRODUCT.search, lines)):
+            left = [int(n) for n in shapes[match[2]].split(",") if n]
+            inner = math.prod(left[int(dim)] for dim in match[3].split(",") if dim)
+            total += 2 * inner * math.prod(int(n) for n in match[1].split(",") if n) * turns[name]
+    return total

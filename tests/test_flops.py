@@ -25,6 +25,9 @@ def test_train_flops_by_hand():
     assert train_flops_per_token(SPEC, 5) == 6 * 328 + attention
     assert train_flops_per_token(SPEC, 5, adapter_params=7) == 4 * 328 + 6 * 7 + attention
     assert train_flops_per_token(SPEC, 5, adapter_params=7, full_params=40) == 4 * 328 + 6 * 7 + 2 * 40 + attention
+    # the lower of the two layers, of 144 weights, only forward: 2 N, and a third of its attention
+    upper = train_flops_per_token(SPEC, 5, adapter_params=7, first_trained_layer=1)
+    assert upper == 4 * (328 - 144) + 2 * 144 + 6 * 7 + attention / 2 + attention / 6
 
 
 def test_window_layers_see_fewer_keys():

@@ -18,7 +18,7 @@ FLOORS = {
     3: "data leaves groups updates optim checkpoint manifest rundir metrics metrics_plot spikes step flops",
     6: "algos",
     7: "evals",
-    8: "loop",
+    8: "profiling loop",
     9: "cli compose config build_model build",
     10: "train generate export",
 }

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_policies
 
 from jaxpost.models.spec import DecoderSpec, LayerKind
+from jaxpost.models.stacks import Stack, stacks
 from jaxpost.ops.attention import Impl, attention
 from jaxpost.ops.noise import neftune_noise
 from jaxpost.ops.norm import rms_norm
@@ -95,17 +96,18 @@ def apply(
     """
     if unknown := [t for t in taps if not 0 <= t < spec.num_layers]:
         raise ValueError(f"taps: layer {unknown[0]} of a model with {spec.num_layers} layers")
-    x = params["embed"][tokens].astype(options.dtype)
-    if embed_noise and rng is not None:
-        whole = jnp.ones_like(tokens) if segments is None else segments
-        key = _fold(rng, spec.num_layers)  # the layers take the numbers below
-        x = x + neftune_noise(key, whole, spec.d_model, embed_noise).astype(x.dtype)
-    if soft_tokens is not None:
-        vectors, places = soft_tokens
-        places = jnp.where(places < 0, tokens.shape[1], places)  # a negative index would wrap around
-        rows = jnp.arange(tokens.shape[0])[:, None]
-        x = x.at[rows, places].set(vectors.astype(x.dtype), mode="drop")
-    x = options.shard(x, "batch", "length", "act_embed")
+    with jax.named_scope("embed"):
+        x = params["embed"][tokens].astype(options.dtype)
+        if embed_noise and rng is not None:
+            whole = jnp.ones_like(tokens) if segments is None else segments
+            key = _fold(rng, spec.num_layers)  # the layers take the numbers below
+            x = x + neftune_noise(key, whole, spec.d_model, embed_noise).astype(x.dtype)
+        if soft_tokens is not None:
+            vectors, places = soft_tokens
+            places = jnp.where(places < 0, tokens.shape[1], places)  # a negative index would wrap around
+            rows = jnp.arange(tokens.shape[0])[:, None]
+            x = x.at[rows, places].set(vectors.astype(x.dtype), mode="drop")
+        x = options.shard(x, "batch", "length", "act_embed")
     rope = [cos_sin(kind, spec.head_dim, positions) for kind in spec.rope]
     block = partial(_block, spec, options, rope, positions, segments)
     tapped: dict[int, jax.Array] = {}
@@ -121,10 +123,10 @@ def apply(
                 tapped[first + i] = x
         return x
 
-    def repeat(carry: tuple, scanned: tuple) -> tuple:
+    def repeat(stack: Stack, carry: tuple, scanned: tuple) -> tuple:
         """One repeat of the pattern; the cache travels in the carry, so that it is updated in place."""
         x, blocks_cache = carry
-        index, layers = scanned
+        index, layers = scanned[0], stack.layers(*scanned)
         outputs = []
         for place, kind in enumerate(spec.pattern):
             key = str(place)
@@ -135,20 +137,22 @@ def apply(
         return (x, blocks_cache), outputs
 
     x = loose(x, "prefix", 0)
-    if spec.repeats:
-        body = repeat
-        if options.remat != "none" and cache is None:
-            body = jax.checkpoint(repeat, policy=REMAT[options.remat], prevent_cse=False)
+    for stack in stacks(params["blocks"], spec.repeats) if spec.repeats else ():
+        body, policy = partial(repeat, stack), REMAT.get(options.remat, stack.policy)
+        if policy is not None and cache is None:
+            body = jax.checkpoint(body, policy=policy, prevent_cse=False)
         carry = (x, cache and cache["blocks"])
-        (x, blocks_cache), outputs = jax.lax.scan(body, carry, (jnp.arange(spec.repeats), params["blocks"]))
+        numbers = jnp.arange(stack.rows.start, stack.rows.stop)
+        (x, blocks_cache), outputs = jax.lax.scan(body, carry, (numbers, stack.scanned))
         if cache:
             cache["blocks"] = blocks_cache
         for tap in taps:
             slot = spec.locate(tap)
-            if slot.part == "blocks":
-                tapped[tap] = outputs[int(slot.key)][slot.repeat]
+            if slot.part == "blocks" and slot.repeat in stack.rows:
+                tapped[tap] = outputs[int(slot.key)][slot.repeat - stack.rows.start]
     x = loose(x, "tail", spec.num_layers - spec.num_tail)
-    hidden = rms_norm(x, params["final_norm"], spec.norm_eps)
+    with jax.named_scope("final_norm"):
+        hidden = rms_norm(x, params["final_norm"], spec.norm_eps)
     return hidden, cache, {"taps": tapped} if taps else {}
 
 

@@ -35,7 +35,8 @@ class Policy:
             return params[role]
         if self.adapters is None:
             raise ValueError(f"role {role!r} is both trained and frozen, and the model has no adapters")
-        return lora.join(frozen[role], params[role], self.adapters)
+        joined = lora.join(frozen[role], params[role], self.adapters)
+        return lora.set_idle_apart(joined, self.adapters, self.spec)
 
     def target_stats(
         self,

@@ -110,7 +110,8 @@ def token_stats(
         shards = math.prod(mesh.shape[axis] for axis in plan.vocab_axes)
         head = jnp.pad(head, ((0, -head.shape[0] % shards), (0, 0)))
     mask = None if mask is None else mask.astype(bool)
-    return TokenStats(*_stats(plan, hidden, head, targets, mask, jnp.asarray(temperature, jnp.float32)))
+    with jax.named_scope("head"):
+        return TokenStats(*_stats(plan, hidden, head, targets, mask, jnp.asarray(temperature, jnp.float32)))
 
 
 def _plan_on_mesh(plan: Plan, mesh: Mesh, specs, ndim: int, head_shape: tuple[int, int]) -> Plan:

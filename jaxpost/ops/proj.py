@@ -21,6 +21,7 @@ class Lora:
     scale: float = flax.struct.field(pytree_node=False, default=1.0)
     dropout: float = flax.struct.field(pytree_node=False, default=0.0)
     magnitude: jax.Array | None = None
+    first: int = flax.struct.field(pytree_node=False, default=0)  # of a stack: rows below it have parts of zeros
 
     @property
     def dtype(self) -> jnp.dtype:
