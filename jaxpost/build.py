@@ -15,7 +15,15 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxpost import flops, lora, rundir
 from jaxpost.algos.base import Algorithm, Context
-from jaxpost.build_model import Model, adopt_adapters, build_model, content_hash_of, load_weights, structs
+from jaxpost.build_model import (
+    Model,
+    adopt_adapters,
+    build_model,
+    check_tokenizer,
+    content_hash_of,
+    load_weights,
+    structs,
+)
 from jaxpost.checkpoint import Checkpointer
 from jaxpost.config import Config, Loaded
 from jaxpost.data import tasks
@@ -64,6 +72,8 @@ def build_job(
     rows = PackedSource(
         config.data, make_task, seed=config.seed, shard_index=shard_index, num_shards=num_shards, identity=identity
     )
+    if note := check_tokenizer(model.located, model.tokenizer):
+        sinks.event(note)
     total_steps = config.loop.steps or rows.count_batches(config.loop.epochs)
     if 0 < policy.spec.max_positions < config.data.seq_len:
         sinks.event(
@@ -87,7 +97,8 @@ def build_job(
     )
     checkpointer.preflight(sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(abstract)))
 
-    meta = {"format": FORMAT, "num_tokens": 0, "weights": content_hash_of(model.located)}
+    averaged = sorted(role for role, rule in algorithm.slow.items() if rule.decay is not None)
+    meta = {"format": FORMAT, "num_tokens": 0, "weights": content_hash_of(model.located), "averaged": averaged}
     if config.lora is not None and config.lora.source is not None:
         meta["adapters"] = peft.hash_peft(config.lora.source)
     annotate = _annotator(algorithm, policy, frozen)

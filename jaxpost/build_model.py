@@ -17,7 +17,7 @@ from jaxpost.compose import Origin, paths
 from jaxpost.config import Config, Loaded, load_saved, to_tree
 from jaxpost.data.chat import Tokenizer, load_tokenizer
 from jaxpost.errors import CheckpointError, ConfigError
-from jaxpost.models import decoder, peft
+from jaxpost.models import decoder, hf, peft
 from jaxpost.models.loading import Located, ModelConfig, content_hash, load_params, locate
 from jaxpost.models.policy import Policy
 from jaxpost.models.spec import abstract_params
@@ -57,7 +57,7 @@ def build_model(
         raise ConfigError(f"model.tokenizer: {config.source} comes without one; name a folder or file")
     template = config.chat_template or located.chat_template
     tokenizer = load_tokenizer(located.tokenizer_path, template, date)
-    tokenizer.check_model(located.spec.vocab_size)
+    check_tokenizer(located, tokenizer)
     spec, mesh = located.spec, make_mesh(mesh_config, devices)
     if adapters is not None:
         lora.full_names(adapters, spec)  # refuses what this model does not have
@@ -76,6 +76,26 @@ def build_model(
     )  # fmt: skip
     policy = Policy(spec, options, adapters)
     return Model(located, tokenizer, policy, rules, jnp.dtype(config.param_dtype), template)
+
+
+def check_tokenizer(located: Located, tokenizer: Tokenizer) -> str:
+    """Raises DataError where weights and tokenizer cannot belong together, with the numbers of both.
+
+    Returns "", or what is worth knowing: the weights learnt to end in another special token (a base model that gets the
+    tokenizer of its chat model, say), which training changes.
+    """
+    tokenizer.check_model(located.spec.vocab_size)
+    while located.base is not None:
+        located = located.base
+    named = hf.special_ids(located.path) if located.kind == "hf" else []
+    for file, name, index in named:
+        tokenizer.check_special(name, index, f"{located.source}/{file}")
+    ends = sorted({index for _, name, index in named if name == "eos_token_id"})
+    if tokenizer.eos_id is None or not ends or tokenizer.eos_id in ends:
+        return ""
+    theirs = " and ".join(f"{index} ({tokenizer.token(index)!r})" for index in ends)
+    mine = f"{tokenizer.eos_id} ({tokenizer.token(tokenizer.eos_id)!r})"
+    return f"eos_token: the model's configs name {theirs}, the tokenizer {mine}; training goes by the tokenizer"
 
 
 def open_model(source: str, weights: str = "policy") -> tuple[Model, Any, Any]:

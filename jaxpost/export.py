@@ -80,7 +80,7 @@ def export(
     if step is not None and step not in steps:
         raise CheckpointError(f"{run_dir}: no checkpoint of step {step}; there: {', '.join(map(str, steps))}")
     step = steps[-1] if step is None else step
-    if weights == "ema" and not any(name.startswith("slow.policy.") for name in checkpointer.leaves(step)):
+    if weights == "ema" and "policy" not in checkpointer.meta(step).get("averaged", ()):  # a slow copy need not be one
         raise CheckpointError(f"{run_dir}: keeps no averaged weights; it was trained without algorithm.ema_decay")
     return _write(f"ckpt:{run_dir}/{step}", to, folder, dtype, saved, weights)
 

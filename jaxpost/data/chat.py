@@ -89,6 +89,8 @@ class Tokenizer:
         for index in stops:
             if not 0 <= index < self.vocab_size:
                 raise DataError(f"tokenizer: stop token {index} is outside its vocabulary of {self.vocab_size}")
+        for index in named:
+            self.check_special("eos_token_id", index, "the configs beside it")
         return stops
 
     def __reduce__(self):
@@ -318,6 +320,18 @@ class Tokenizer:
             ("generation_config.json", generation),
         ):
             (folder / name).write_text(json.dumps(value, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+
+    def check_special(self, name: str, index: int, where: str) -> None:
+        """Raises DataError if `where` gives as `name`, eos_token_id say, an id that is plain text to this tokenizer."""
+        own = [self._backend.token_to_id(token) for token in self.specials.values()]
+        if index in own or index in self._added:
+            return
+        role = name.removesuffix("_id")
+        mine = self.specials.get(role)
+        has = f"its own {role} is {self._backend.token_to_id(mine)}, {mine!r}" if mine else f"it names no {role}"
+        token = self.token(index) if 0 <= index < self.vocab_size else None
+        reads = f"outside its vocabulary of {self.vocab_size}" if token is None else f"plain text to it, {token!r}"
+        raise DataError(f"tokenizer: {where}: {name} {index} is {reads}; {has}: they do not belong together")
 
     def check_model(self, embedding_rows: int) -> None:
         """Raises DataError if an id of this tokenizer has no row in the model's embedding."""

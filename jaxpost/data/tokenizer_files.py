@@ -63,6 +63,11 @@ def read_folder(folder: Path) -> TokenizerParts:
 
 def _with_folder_config(parts: TokenizerParts, folder: Path) -> TokenizerParts:
     config = _json(folder / "tokenizer_config.json")
+    if config.get("auto_map"):
+        raise DataError(
+            f"{folder / 'tokenizer_config.json'}: auto_map asks for the author's own Python code, which is never run; "
+            "name a folder whose tokenizer.json is the whole tokenizer with model.tokenizer"
+        )
     for source in (_json(folder / "special_tokens_map.json"), config):
         for name in SPECIAL_NAMES:
             token = source.get(name)

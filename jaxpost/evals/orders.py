@@ -105,7 +105,9 @@ def main(argv: list[str] | None = None) -> None:
         for split, count in (("train", args.train), ("heldout", args.test), ("unseen", args.test)):
             text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in generate_rows(args.seed, count, split))
             path = args.out / f"{split}.jsonl"
-            path.write_text(text, encoding="utf-8", newline="\n")
+            partial = path.with_name(f"{path.name}.part")  # a file that is there is whole: others go by that
+            partial.write_text(text, encoding="utf-8", newline="\n")
+            partial.replace(path)
             print(f"{path}: {count} rows")
     except OSError as error:
         parser.error(f"--out: {error}")

@@ -87,6 +87,20 @@ def read_config(folder: str | os.PathLike) -> dict[str, Any]:
     return read_json(folder / "config.json")
 
 
+def special_ids(folder: str | os.PathLike) -> list[tuple[str, str, int]]:
+    """(file name, "bos_token_id" or "eos_token_id", id) of every such id in the configs of a folder."""
+    found = []
+    for file in (pathlib.Path(folder, "config.json"), pathlib.Path(folder, "generation_config.json")):
+        config = read_json(file) if file.is_file() else {}
+        for name in ("bos_token_id", "eos_token_id"):
+            given = config.get(name)
+            for index in given if isinstance(given, list) else [] if given is None else [given]:
+                if type(index) is not int:
+                    raise ConfigError(f"{file}: {name} {str(given)[:50]!r} is no token id")
+                found.append((file.name, name, index))
+    return found
+
+
 def weight_files(folder: str | os.PathLike) -> list[pathlib.Path]:
     """The safetensors files of a folder, one or the shards that its index names; only inside the folder."""
     folder = pathlib.Path(folder)
