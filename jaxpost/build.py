@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import pathlib
 from collections.abc import Callable, Sequence
@@ -56,10 +57,8 @@ def build_job(
 ) -> Job:
     """A run ready for loop.run, restored from its newest checkpoint where there is one. devices: default all."""
     config = adopt_adapters(Loaded(config, {})).config
-    model = build_model(
-        config.model, config.mesh, config.lora, devices, rundir.start_date(config.run_dir), config.data.segments_per_row
-    )
-    algorithm, policy, rules = config.algorithm, model.policy, model.rules
+    model = build_model(config.model, config.mesh, config.lora, devices, rundir.start_date(config.run_dir))
+    algorithm, rules = config.algorithm, model.rules
     check_divides(config.data.batch_size, config.loop.micro_batches, config.data.widths, rules)
     shard_index, num_shards = host_rows(rules.mesh)
 
@@ -74,6 +73,9 @@ def build_job(
     )
     if note := check_tokenizer(model.located, model.tokenizer):
         sinks.event(note)
+    config = dataclasses.replace(config, data=rows.config)
+    model = model.with_segments(config.data.segments_per_row)
+    policy = model.policy
     total_steps = config.loop.steps or rows.count_batches(config.loop.epochs)
     if 0 < policy.spec.max_positions < config.data.seq_len:
         sinks.event(

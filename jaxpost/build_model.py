@@ -35,6 +35,11 @@ class Model:
     param_dtype: Any
     chat_template: str | None  # file to use in place of the tokenizer's own
 
+    def with_segments(self, most: int) -> Model:
+        """For packed rows of at most that many segments."""
+        options = dataclasses.replace(self.policy.options, max_segments=most)
+        return dataclasses.replace(self, policy=dataclasses.replace(self.policy, options=options))
+
     @property
     def base_shardings(self) -> Any:
         return tree_shardings(abstract_params(self.located.spec), self.rules)
@@ -46,11 +51,10 @@ def build_model(
     adapters: lora.LoraConfig | None = None,
     devices: list | None = None,
     date: str | None = None,
-    max_segments: int | None = None,
 ) -> Model:
     """Locate weights and tokenizer, lay out the mesh; raises ConfigError before anything large is read.
 
-    date: ISO date for chat templates that write today's; None: today's. max_segments: the most that a packed row holds.
+    date: ISO date for chat templates that write today's; None: today's.
     """
     located = locate(config.source, config.tokenizer)
     if located.tokenizer_path is None:
@@ -71,7 +75,7 @@ def build_model(
     if (needs := {"splash": "tpu", "cudnn": "gpu"}.get(config.attention, platform)) != platform:
         raise ConfigError(f"model.attention: {config.attention} runs on a {needs}, this is a {platform}; use auto")
     options = decoder.Options(
-        dtype=jnp.dtype(dtype), remat=remat, attention=config.attention, max_segments=max_segments,
+        dtype=jnp.dtype(dtype), remat=remat, attention=config.attention,
         rules=rules if mesh.size > 1 else None,
     )  # fmt: skip
     policy = Policy(spec, options, adapters)

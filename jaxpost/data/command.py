@@ -14,7 +14,7 @@ from jaxpost.data.chat import Tokenizer, load_tokenizer
 from jaxpost.data.options import DataConfig
 from jaxpost.data.order import fold
 from jaxpost.data.pack import Unit, fit_unit, positions_of
-from jaxpost.data.pipeline import build_batch, open_stream, plan_rows
+from jaxpost.data.pipeline import build_batch, open_stream, plan_rows, settle_segments
 from jaxpost.data.sources import SourceConfig
 from jaxpost.data.stream import BadRow, Stream
 from jaxpost.data.tasks import Task, make_task
@@ -65,6 +65,7 @@ def inspect(config: Any, *, rows: int, scan: int, color: bool) -> None:
     key = fold(config.seed, Tag.SHUFFLE)
     stopping = []
     train = open_stream(data.sources, task, key=key, shuffle=data.shuffle, window=data.window, name="data.train")
+    data = settle_segments(data, train)
     streams = {"data.train": train}
     if data.eval:
         streams["data.eval"] = open_stream(data.eval, task, key=0, shuffle=False, window=data.window, name="data.eval")
@@ -89,7 +90,7 @@ def inspect(config: Any, *, rows: int, scan: int, color: bool) -> None:
 def survey(stream: Stream, config: DataConfig, scan: int) -> Survey:
     """Reads and tokenises the first `scan` records of the run's own order (0: all of an epoch)."""
     found = Survey()
-    for outcome in _outcomes(stream, scan):
+    for outcome in stream.first(scan or stream.order.records_per_epoch):
         found.read += 1
         if isinstance(outcome, BadRow):
             (found.stopping if config.on_bad_row == "error" else found.bad).append(outcome.message)
@@ -109,16 +110,6 @@ def survey(stream: Stream, config: DataConfig, scan: int) -> Survey:
             f"{len(found.bad)} bad rows of {found.read}, more than data.max_bad_fraction {config.max_bad_fraction}"
         )
     return found
-
-
-def _outcomes(stream: Stream, scan: int) -> Iterator[Unit | BadRow]:
-    left = min(scan or stream.order.records_per_epoch, stream.order.records_per_epoch)
-    for number in range(stream.chunks_per_epoch):
-        outcomes = stream.chunk(number)[:left]
-        yield from outcomes
-        left -= len(outcomes)
-        if not left:
-            return
 
 
 def describe(name: str, stream: Stream, found: Survey, config: DataConfig) -> list[str]:

@@ -24,7 +24,7 @@ class DataConfig:
     seq_len: PosInt = 1024  # positions a row
     packing: Literal["best_fit", "none", "bucketed"] = "best_fit"
     buckets: tuple[PosInt, ...] = ()  # widths of "bucketed", one compilation each; the last is seq_len
-    max_segments: PosInt | None = None  # examples a row; None: max(8, seq_len / 16)
+    max_segments: PosInt | None = None  # examples a row; None: as few as fill rows well, from the first records
     shuffle: Bool = True
     workers: NonNegInt = 0  # processes that read and tokenise; 0: a thread
     loss_on: Literal["assistant", "last", "completion", "all"] = "assistant"  # which tokens are trained
@@ -73,7 +73,7 @@ class DataConfig:
 
     @property
     def segments_per_row(self) -> int:
-        """S: the most segments a row may hold, fixed for a run."""
+        """S: the most segments a row may hold, fixed for a run; a bound of it until the data have settled it."""
         return self.max_segments or max(8, self.seq_len // 16)
 
     @property

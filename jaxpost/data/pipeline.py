@@ -12,6 +12,7 @@ Every host tokenises the whole window, not its part of it.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -39,6 +40,7 @@ from jaxpost.types import Batch
 from jaxpost.types import Stream as Tag
 
 COUNTERS = ("rows_read", "truncated", "dropped/bad_row", "dropped/too_long", "dropped/too_short", "dropped/no_target")
+SAMPLED = 1024  # records whose lengths decide how many segments a row may hold
 log = logging.getLogger(__name__)
 
 
@@ -67,13 +69,13 @@ class PackedSource:
     ):
         if config.batch_size % num_shards:
             raise ConfigError(f"data.batch_size: {config.batch_size} rows do not divide among {num_shards} hosts")
-        self.config = config
         rows = config.batch_size // num_shards
         self._slice = slice(shard_index * rows, (shard_index + 1) * rows)
         self._key = fold(seed, Tag.SHUFFLE)
         self._stream = open_stream(
             config.sources, make_task, key=self._key, shuffle=config.shuffle, window=config.window, name="data.train"
         )
+        self.config = config = settle_segments(config, self._stream)
         self.fingerprint = _fingerprint(config, self._stream, seed) | dict(identity or {})
         self.info: dict[str, Any] = {}
         self.batches_per_epoch: int | None = None  # known after count_batches
@@ -271,6 +273,27 @@ def open_stream(
     except ValueError as error:
         raise ConfigError(f"{name}: {error}") from None
     return Stream(examples, order, window)
+
+
+def settle_segments(config: DataConfig, stream: Stream) -> DataConfig:
+    """The config with data.max_segments as a number: the fewest that fill rows about as well as no bound would.
+
+    Kernels on accelerators take memory and time for as many segments as a row may hold. It follows from the first
+    records, so it is the same on every host and every start.
+    """
+    if config.max_segments is not None:
+        return config
+    units = [unit for unit in stream.first(SAMPLED) if not isinstance(unit, BadRow)]
+    lengths, segments = [positions_of(unit) for unit in units], [len(unit) for unit in units]
+    fits = [i for i, length in enumerate(lengths) if length <= config.seq_len]
+    lengths, segments = [lengths[i] for i in fits], [segments[i] for i in fits]
+    most, few = config.segments_per_row, max(8, *segments, 0, 0)
+    if config.packing == "best_fit":
+        rows = lambda bound: len(best_fit_rows(lengths, segments, config.seq_len, bound))
+        allowed = 1.01 * rows(max(most, few))
+        while few < most and rows(few) > allowed:
+            few *= 2
+    return dataclasses.replace(config, max_segments=few)
 
 
 def admit_one(outcome: Unit | BadRow, config: DataConfig, counters: dict[str, int], *, report: bool) -> Unit | None:

@@ -123,6 +123,16 @@ class Stream:
         where = zip(*self.order.locate(epoch, start, min(start + CHUNK, stop)), strict=True)
         return tuple(self.sources[source][int(record)] for source, record in where)
 
+    def first(self, count: int) -> Iterator[tuple[Example, ...] | BadRow]:
+        """Outcomes of the first records of the first epoch, made here and now."""
+        left = min(count, self.order.records_per_epoch)
+        for number in range(self.chunks_per_epoch):
+            outcomes = self.chunk(number)[:left]
+            yield from outcomes
+            left -= len(outcomes)
+            if not left:
+                return
+
     def windows(
         self, epoch: int, window: int, *, workers: int, epochs: int | None = None
     ) -> Iterator[tuple[int, int, list[tuple[Example, ...] | BadRow]]]:

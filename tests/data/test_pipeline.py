@@ -412,3 +412,17 @@ def test_data_config_refuses(options, message):
 def test_a_weight_too_small_is_named(files):
     with pytest.raises(ConfigError, match="data.train: weight 1.0 gives not one record"):
         open_(config_of(files, "a", "b", weights=[1.0, 1e9]))
+
+
+def test_the_most_segments_of_a_row_follow_from_the_data(tmp_path):
+    """Long examples leave room for few: S is small. Short ones raise it until rows fill as well as without a bound."""
+    found = {}
+    for name, length in (("long", 120), ("short", 12)):
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text("".join(json.dumps({"text": "x" * length}) + "\n" for _ in range(300)))
+        source = open_(DataConfig(path=str(path), batch_size=4, seq_len=512))
+        found[name] = source.config.max_segments
+        assert source.fingerprint["data.max_segments"] == found[name]
+        assert max(int(next(source).segments.max()) for _ in range(3)) <= found[name]
+    assert found == {"long": 8, "short": 32}  # 32 is as many as the bound of 512 / 16 allows
+    assert open_(DataConfig(path=str(path), batch_size=4, seq_len=512, max_segments=9)).config.max_segments == 9
