@@ -163,6 +163,7 @@ class Report:
     temporaries: int  # may be more than the peak: not all of them live at once
     peak: int
     collectives: tuple[Moved, ...]
+    head_loops: int  # loops of the tiled head that were looked at for collectives
     seconds: float  # of compilation
 
     @property
@@ -200,8 +201,14 @@ def compile_job(job: AbstractJob) -> Report:
         temporaries=memory.temp_size_in_bytes,
         peak=memory.peak_memory_in_bytes,
         collectives=moved(hlo.collectives(text)),
+        head_loops=sum(map(_in_head, hlo.loops(text))),
         seconds=seconds,
     )
+
+
+def _in_head(name: str) -> bool:
+    """Whether a loop is the tiled head's: models/policy.py names that scope."""
+    return re.search(r"\bhead\b", name) is not None
 
 
 def bytes_on_device(tree: Any) -> int:
@@ -214,8 +221,7 @@ def moved(found: list[hlo.Collective]) -> tuple[Moved, ...]:
     """Collectives by place, kind and dtype."""
     counts, sizes = collections.Counter(), collections.Counter()
     for one in found:
-        head = any(re.search(r"\bhead\b", name) for name in one.within)
-        where = "head" if head else "loop" if one.within else "once"
+        where = "head" if any(map(_in_head, one.within)) else "loop" if one.within else "once"
         for (dtype, _), size in zip(one.arrays, one.sizes, strict=True):
             counts[where, one.kind, dtype, one.ring] += 1
             sizes[where, one.kind, dtype, one.ring] += size

@@ -60,6 +60,11 @@ def donated(text: str) -> set[int]:
     return {int(number) for number in re.findall(r"\{[\d, ]*\}: \((\d+), \{[\d, ]*\}", text.split("\n", 1)[0])}
 
 
+def loops(text: str) -> list[str]:
+    """Names (op_name) of all while loops."""
+    return [_op_name(line) for lines in computations(text).values() for line in lines if LOOP.search(line)]
+
+
 def collectives(text: str) -> list[Collective]:
     """Every collective of a compiled program whose groups hold more than one device.
 

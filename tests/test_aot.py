@@ -39,6 +39,7 @@ def test_what_moves(report):
     gathered = by_place["loop", "all-gather", "f32"]
     assert (gathered.count, gathered.bytes) == (14, 2 * 4 * MATRICES)
     assert by_place["once", "all-gather", "f32"].bytes >= 4 * V * D  # the head
+    assert report.head_loops >= 2  # forward and backward; nothing moves in them
     assert not any(one.where == "head" or one.ring for one in report.collectives)
 
 
