@@ -39,6 +39,7 @@ from jaxpost.evals.run import Evaluator, Task, make_eval_step
 from jaxpost.leaves import dotted
 from jaxpost.loop import Job
 from jaxpost.models import peft
+from jaxpost.models.policy import Policy
 from jaxpost.models.sampler import Sampler
 from jaxpost.models.spec import FORMAT, abstract_params
 from jaxpost.optim import make_optimizer, trainable_mask
@@ -86,18 +87,9 @@ def build_job(
     checkpointer = Checkpointer(config.run_dir, config.checkpoint)
     step = _agreed_step(checkpointer)
     params, frozen = _weights(config, model, begins=step is None)
-    if missing := sorted(set(algorithm.needs) - set(frozen)):
-        raise ConfigError(f"algorithm.name: {algorithm.name} needs a frozen {missing[0]} model; none can be given yet")
-    tx, schedule = make_optimizer(config.optim, total_steps, params)
-    fresh = partial(
-        init_state, tx=tx, slow=algorithm.slow, scalars=algorithm.scalars(), skip_spikes=config.loop.skip_spikes
-    )
-    abstract = jax.eval_shape(fresh, params)
-    shardings = _state_shardings(abstract, params, rules)
-    abstract = jax.tree.map(
-        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), abstract, shardings
-    )
-    checkpointer.preflight(sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(abstract)))
+    check_needs(algorithm, frozen)
+    program = make_program(config, policy, rules, params, total_steps)
+    checkpointer.preflight(sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(program.state)))
 
     averaged = sorted(role for role, rule in algorithm.slow.items() if rule.decay is not None)
     meta = {"format": FORMAT, "num_tokens": 0, "weights": content_hash_of(model.located), "averaged": averaged}
@@ -110,35 +102,22 @@ def build_job(
     )  # fmt: skip
     source = algorithm.source(ctx)
     if step is None:
-        state = jax.jit(fresh, out_shardings=shardings)(params)
+        state = program.init(params)
         sinks.truncate(-1)  # lines of a start that was killed before its first save
     else:
-        state, position, saved = checkpointer.restore(step, abstract, allow_fallback=allow_fallback)
+        state, position, saved = checkpointer.restore(step, program.state, allow_fallback=allow_fallback)
         _same_weights(saved, meta, allow_changed)
         meta["num_tokens"] = saved["num_tokens"]
         source.restore(position, allow_changed)
         sinks.truncate(int(state.step))
         sinks.event(f"resumed at step {int(state.step)} of {total_steps}")
-    stochastic = algorithm.stochastic or (config.lora is not None and config.lora.dropout > 0)
-    train_step = make_step(
-        algorithm,
-        policy,
-        tx,
-        micro_batches=config.loop.micro_batches,
-        schedule=schedule,
-        clip_norm=config.optim.clip_norm,
-        trainable=trainable_mask(config.optim, params),
-        seed=config.seed,
-        stochastic=stochastic,
-        skip_spikes=config.loop.skip_spikes,
-    )
     peak = flops.peak_flops(jax.devices()[0].device_kind)
     adapter_params, full_params = (None, 0) if config.lora is None else lora.param_counts(config.lora, policy.spec)
     first_trained = 0 if config.lora is None else lora.first_trained_layer(config.lora, policy.spec)
     return Job(
         state=state,
         frozen=frozen,
-        train_step=jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None)),
+        train_step=program.step,
         source=source,
         evaluate=build_evaluator(config, model, make_task, annotate, sinks, shard_index, num_shards),
         checkpointer=checkpointer,
@@ -154,6 +133,52 @@ def build_job(
         ),  # fmt: skip
         peak_flops=None if peak is None else peak * rules.mesh.size,
         num_programs=len(config.data.widths),
+    )
+
+
+def check_needs(algorithm: Algorithm, frozen: dict[str, Any]) -> None:
+    """ConfigError where an algorithm reads a frozen model that is not there."""
+    if missing := sorted(set(algorithm.needs) - set(frozen)):
+        raise ConfigError(f"algorithm.name: {algorithm.name} needs a frozen {missing[0]} model; none can be given yet")
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """The train step of a run and the state that it moves on."""
+
+    init: Callable[[dict], TrainState]  # params by role -> the state at step 0; jitted
+    state: TrainState  # of ShapeDtypeStructs with shardings
+    step: Any  # jitted (state, frozen, batch) -> (state, metrics); the state is donated
+
+
+def make_program(config: Config, policy: Policy, rules: Rules, params: dict, total_steps: int) -> Program:
+    """Nothing is computed or allocated. params: by role, arrays or ShapeDtypeStructs with shardings."""
+    algorithm = config.algorithm
+    tx, schedule = make_optimizer(config.optim, total_steps, params)
+    fresh = partial(
+        init_state, tx=tx, slow=algorithm.slow, scalars=algorithm.scalars(), skip_spikes=config.loop.skip_spikes
+    )
+    abstract = jax.eval_shape(fresh, params)
+    shardings = _state_shardings(abstract, params, rules)
+    abstract = jax.tree.map(
+        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), abstract, shardings
+    )
+    train_step = make_step(
+        algorithm,
+        policy,
+        tx,
+        micro_batches=config.loop.micro_batches,
+        schedule=schedule,
+        clip_norm=config.optim.clip_norm,
+        trainable=trainable_mask(config.optim, params),
+        seed=config.seed,
+        stochastic=algorithm.stochastic or (config.lora is not None and config.lora.dropout > 0),
+        skip_spikes=config.loop.skip_spikes,
+    )
+    return Program(
+        init=jax.jit(fresh, out_shardings=shardings),
+        state=abstract,
+        step=jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None)),
     )
 
 

@@ -20,7 +20,7 @@ from jaxpost.errors import CheckpointError, ConfigError
 from jaxpost.models import decoder, hf, peft
 from jaxpost.models.loading import Located, ModelConfig, content_hash, load_params, locate
 from jaxpost.models.policy import Policy
-from jaxpost.models.spec import abstract_params
+from jaxpost.models.spec import DecoderSpec, abstract_params
 from jaxpost.sharding import MeshConfig, Rules, make_mesh, rules_for, tree_shardings
 
 
@@ -62,7 +62,19 @@ def build_model(
     template = config.chat_template or located.chat_template
     tokenizer = load_tokenizer(located.tokenizer_path, template, date)
     check_tokenizer(located, tokenizer)
-    spec, mesh = located.spec, make_mesh(mesh_config, devices)
+    policy, rules = lay_out(located.spec, config, mesh_config, adapters, devices)
+    return Model(located, tokenizer, policy, rules, jnp.dtype(config.param_dtype), template)
+
+
+def lay_out(
+    spec: DecoderSpec,
+    config: ModelConfig,
+    mesh_config: MeshConfig,
+    adapters: lora.LoraConfig | None = None,
+    devices: list | None = None,
+) -> tuple[Policy, Rules]:
+    """The model as algorithms see it, and where its arrays lie; ConfigError where the mesh cannot split it."""
+    mesh = make_mesh(mesh_config, devices)
     if adapters is not None:
         lora.full_names(adapters, spec)  # refuses what this model does not have
     rules = rules_for(
@@ -78,8 +90,7 @@ def build_model(
         dtype=jnp.dtype(dtype), remat=remat, attention=config.attention,
         rules=rules if mesh.size > 1 else None,
     )  # fmt: skip
-    policy = Policy(spec, options, adapters)
-    return Model(located, tokenizer, policy, rules, jnp.dtype(config.param_dtype), template)
+    return Policy(spec, options, adapters), rules
 
 
 def check_tokenizer(located: Located, tokenizer: Tokenizer) -> str:

@@ -81,7 +81,10 @@ def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
     else:
         from jax.experimental import mesh_utils
 
-        grid = mesh_utils.create_device_mesh(shape, devices=devices)
+        try:
+            grid = mesh_utils.create_device_mesh(shape, devices=devices)
+        except NotImplementedError:  # no axis is a product of the torus's own, e.g. 8 x 2 on 4x4: cut one of those
+            grid = mesh_utils.create_device_mesh(shape, devices=devices, allow_split_physical_axes=True)
     return Mesh(grid, AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(AXES))
 
 
@@ -154,13 +157,25 @@ def check_divides(rows: int, micro_batches: int, widths: tuple[int, ...], rules:
 
 
 def host_rows(mesh: Mesh) -> tuple[int, int]:
-    """(shard_index, num_shards): which part of every global batch this process reads.
+    """(part, parts): which part of every global batch this process reads; see row_parts."""
+    grid = np.vectorize(lambda device: device.process_index)(mesh.devices)
+    parts = row_parts(grid.reshape(math.prod(mesh.shape[axis] for axis in BATCH), -1))
+    return parts[jax.process_index()], len(set(parts.values()))
 
-    It follows from the batch coordinates of the process's devices, not from its index: processes that are joined by a
-    context or tensor axis read the same rows. Raises ConfigError where a process's coordinates are not one block.
+
+def row_parts(processes: np.ndarray) -> dict[int, int]:
+    """Process -> the part of a batch that it reads; processes int[batch shards, devices of each]: of every device.
+
+    It follows from the batch coordinates of a process's devices, not from its index: processes that are joined by a
+    context or tensor axis read the same rows. The coordinates of one process need not be neighbours: on a torus the
+    mesh goes round the links, so its rows lie scattered in the global array, whose order nothing depends on. Raises
+    ConfigError where two processes share some coordinates but not all.
     """
-    grid = mesh.devices.reshape(math.prod(mesh.shape[axis] for axis in BATCH), -1)
-    mine = [i for i, row in enumerate(grid) if any(d.process_index == jax.process_index() for d in row)]
-    if mine != list(range(mine[0], mine[0] + len(mine))) or len(grid) % len(mine) or mine[0] % len(mine):
-        raise ConfigError("mesh: the devices of a process are no block of the data and fsdp axes; reorder the axes")
-    return mine[0] // len(mine), len(grid) // len(mine)
+    own: dict[int, set[int]] = {}
+    for row, owners in enumerate(processes):
+        for process in owners:
+            own.setdefault(int(process), set()).add(row)
+    sets = sorted({tuple(sorted(rows)) for rows in own.values()})
+    if sum(map(len, sets)) != len(processes) or len({len(rows) for rows in sets}) > 1:
+        raise ConfigError("mesh: two hosts share only a part of their rows; order the axes so that each keeps its own")
+    return {process: sets.index(tuple(sorted(rows))) for process, rows in own.items()}

@@ -12,14 +12,14 @@ ROOT = pathlib.Path(__file__).parents[1] / "jaxpost"
 
 # A file imports from its own floor (without cycles) or a lower one. The key is the first name below jaxpost.
 FLOORS = {
-    0: "errors types fields redact yaml_loader problems ops",
+    0: "errors types fields redact yaml_loader problems hlo ops",
     1: "losses sharding",
     2: "models lora",
     3: "data leaves groups updates optim checkpoint manifest rundir metrics metrics_plot spikes step flops",
     6: "algos",
     7: "evals",
     8: "profiling loop",
-    9: "cli compose config build_model build",
+    9: "cli compose config build_model build aot",
     10: "train generate export",
 }
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names.split()}

@@ -59,16 +59,17 @@ class Policy:
         specs = None
         if sharded:
             specs = (rules.spec(*tokens, None), rules.spec("act_vocab", "embed"), rules.spec(*tokens))
-        return token_stats(
-            hidden,
-            decoder.head(weights),
-            batch.targets,
-            softcap=self.spec.final_softcap,
-            temperature=temperature,
-            mask=batch.mask,
-            mesh=rules.mesh if sharded else None,
-            specs=specs,
-        )
+        with jax.named_scope("head"):
+            return token_stats(
+                hidden,
+                decoder.head(weights),
+                batch.targets,
+                softcap=self.spec.final_softcap,
+                temperature=temperature,
+                mask=batch.mask,
+                mesh=rules.mesh if sharded else None,
+                specs=specs,
+            )
 
     def logprobs(
         self, weights: Any, batch: Batch, *, temperature: float = 1.0, rng: jax.Array | None = None

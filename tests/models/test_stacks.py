@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 
 from jaxpost import lora
+from jaxpost.hlo import product_flops
 from jaxpost.lora import LoraConfig
 from jaxpost.models import decoder
 from jaxpost.models.decoder import Options
 from jaxpost.models.policy import Policy
 from jaxpost.models.spec import DecoderSpec, LayerKind, abstract_params, is_info
 from jaxpost.models.stacks import stacks
-from tests.hlo import product_flops
 
 SPEC = DecoderSpec(vocab_size=32, d_model=16, num_layers=8, num_heads=4, num_kv_heads=2, head_dim=4, d_ff=24)
 # One layer in the prefix, a pattern of two kinds three times, one layer in the tail.

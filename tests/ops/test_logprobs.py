@@ -10,9 +10,9 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jaxpost import hlo
 from jaxpost.ops import logprobs_shard as module
 from jaxpost.ops.logprobs import token_logprobs, token_stats
-from tests import hlo
 
 SPECS = (P(("data", "fsdp"), None, None), P("tensor", "fsdp"), P(("data", "fsdp"), None))
 

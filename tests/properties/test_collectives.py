@@ -6,8 +6,8 @@ reduces the input gradients of projections that share an input one by one.
 
 import pytest
 
+from jaxpost import hlo
 from jaxpost.models.spec import abstract_params
-from tests import hlo
 from tests.properties.harness import ROWS, SPEC, WIDTH, Run, all_cases, packed
 
 CASE = all_cases()[0]
