@@ -27,7 +27,7 @@ from jaxpost.build_model import (
 )
 from jaxpost.checkpoint import Checkpointer
 from jaxpost.config import Config, Loaded
-from jaxpost.data import tasks
+from jaxpost.data import kinds, tasks
 from jaxpost.data.chat import Tokenizer
 from jaxpost.data.feed import MeshSource, to_mesh
 from jaxpost.data.pipeline import EvalRows, PackedSource
@@ -66,7 +66,7 @@ def build_job(
     def make_task(source: SourceConfig) -> tasks.Task:
         path, loss_on = model.located.tokenizer_path, config.data.loss_on
         options = {"chat_template": model.chat_template, "date": model.tokenizer.date}
-        return tasks.make_task(source.task, path, loss_on, source.columns, **options)
+        return kinds.make_task(algorithm.rows, source.task, path, loss_on, source.columns, **options)
 
     identity = {"model.tokenizer": model.tokenizer.fingerprint}
     rows = PackedSource(
