@@ -1,6 +1,6 @@
 """Runs every benchmark and writes docs/performance.md:
 
-    python benchmarks/run.py [--only gemm,full,lora,packed,small,ops,startup] [--rounds 5]
+    python benchmarks/run.py [--only gemm,full,overhead,lora,packed,small,ops,startup] [--rounds 4]
 
 What --only leaves out keeps the figures of its last run, each with its date and load, from benchmarks/measured.json.
 About 20 minutes on 2 quiet cores. Peers and data that are missing are said in the page; see train.py.
@@ -79,7 +79,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = (*train.CASES, *SCRIPTS)
     parser.add_argument("--only", default=",".join(names), help="sections, separated by commas; empty: only the page")
-    parser.add_argument("--rounds", type=int, default=5, help="turns of each training loop")
+    parser.add_argument("--rounds", type=int, default=4, help="turns of each training loop")
     parser.add_argument("--logs", type=pathlib.Path, help="keep what the training loops print here")
     flags = parser.parse_args()
     wanted = [name for name in flags.only.split(",") if name]

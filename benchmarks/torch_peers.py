@@ -1,4 +1,4 @@
-"""The torch side of train.py: transformers with a step written by hand, TRL's SFTTrainer (with PEFT), and matrix products.
+"""The torch side of train.py: transformers with a step written by hand, TRL's SFTTrainer, PEFT, matrix products.
 
     PEER/bin/python benchmarks/torch_peers.py '{"variant": "trl" | "bare" | "gemm", ...}'      (started by train.py)
 
