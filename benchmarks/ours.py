@@ -1,6 +1,6 @@
 """jaxpost's loops for train.py: the real one, and two jitted steps written by hand to compare it with.
 
-    python benchmarks/ours.py '{"variant": "loop" | "bare" | "plain" | "gemm", ...}'      (started by train.py)
+    python benchmarks/ours.py '{"variant": "loop" | "bare" | "plain" | "part" | "gemm", ...}'      (started by train.py)
 
 bare: the same model and head functions, gradient, clip and AdamW in one jit, on one batch that never changes: no rows,
 no metrics, no guard, no loop. plain: as bare, with materialised logits and jax's log_softmax.
@@ -135,6 +135,53 @@ def run_bare(turns: Turns, given: dict, naive_head: bool) -> None:
         done += batch * length
 
 
+def run_part(turns: Turns, given: dict) -> None:
+    """One part of the train step as a program of its own; "useful" are steps. given["part"]: body, head, optimiser."""
+    import optax
+
+    from jaxpost.build_model import build_model, load_weights
+    from jaxpost.models.loading import ModelConfig
+    from jaxpost.ops.logprobs import token_stats
+    from jaxpost.optim import OptimConfig, make_optimizer
+    from jaxpost.sharding import MeshConfig
+
+    model = build_model(ModelConfig(**given["model"]), MeshConfig(data=1), None, jax.devices()[:1])
+    spec, (batch, length) = model.policy.spec, given["shape"]
+    ids = jnp.asarray(np.random.default_rng(0).integers(3, spec.vocab_size, (batch, length + 1)), jnp.int32)
+    positions, segments = jnp.tile(jnp.arange(length), (batch, 1)), jnp.ones((batch, length), jnp.int32)
+    hidden = jax.random.normal(jax.random.key(0), (batch, length, spec.d_model))
+    params = {"policy": load_weights(model)}
+
+    def body(weights):
+        return jnp.vdot(model.policy(weights["policy"], ids[:, :-1], positions, segments)[0], hidden)
+
+    def head(hidden, matrix):
+        stats = token_stats(hidden, matrix, ids[:, 1:], mask=segments > 0)
+        return -jnp.mean(stats.logprobs), (jnp.mean(stats.entropy), jnp.mean(stats.correct))
+
+    tx, _ = make_optimizer(OptimConfig(learning_rate=1e-5), 1_000, params)
+
+    def optimise(state, grads):
+        scale = jnp.minimum(1.0, 1 / optax.global_norm(grads))
+        updates, moments = tx.update(jax.tree.map(lambda g: g * scale, grads), state[1], state[0])
+        return optax.apply_updates(state[0], updates), moments
+
+    body_grad, head_grad = jax.jit(jax.grad(body)), jax.jit(jax.value_and_grad(head, (0, 1), has_aux=True))
+    optimise, out, done = jax.jit(optimise, donate_argnums=0), None, 0
+    if given["part"] == "optimiser":
+        grads = jax.tree.map(lambda x: 1e-3 * x, params)
+        out = params, jax.jit(tx.init)(params)
+    while True:
+        turns.boundary(lambda: None, done)
+        if given["part"] == "body":
+            out = jax.block_until_ready(body_grad(params))
+        elif given["part"] == "head":
+            out = jax.block_until_ready(head_grad(hidden, params["policy"]["embed"]))
+        else:
+            out = jax.block_until_ready(optimise(out, grads))
+        done += 1
+
+
 def run_gemm(turns: Turns, given: dict) -> None:
     """[m, k] @ [k, n]; "useful" are GFLOP."""
     m, k, n = given["shape"]
@@ -152,6 +199,8 @@ def main() -> None:
     given, turns = json.loads(sys.argv[1]), Turns()
     if given["variant"] == "gemm":
         run_gemm(turns, given)
+    if given["variant"] == "part":
+        run_part(turns, given)
     if given["variant"] in ("bare", "plain"):
         run_bare(turns, given, naive_head=given["variant"] == "plain")
     with tempfile.TemporaryDirectory() as folder:

@@ -1,6 +1,6 @@
 """Runs every benchmark and writes docs/performance.md:
 
-    python benchmarks/run.py [--only gemm,full,overhead,lora,packed,small,ops,startup] [--rounds 4]
+    python benchmarks/run.py [--only gemm,full,overhead,parts,lora,packed,small,ops,startup] [--rounds 4]
 
 What --only leaves out keeps the figures of its last run, each with its date and load, from benchmarks/measured.json.
 About 20 minutes on 2 quiet cores. Peers and data that are missing are said in the page; see train.py.

@@ -1,6 +1,6 @@
 """Training speed beside the peers': markdown for docs/performance.md, see run.py.
 
-    python benchmarks/train.py [--only gemm,full,overhead,lora,packed,small] [--rounds 4]
+    python benchmarks/train.py [--only gemm,full,overhead,parts,lora,packed,small] [--rounds 4]
 
 The loops of a case take turns (turns.py), fp32, two threads, the first turn not counted. Peers run in environments of
 their own and are left out, with the reason, where those are missing:
@@ -46,8 +46,8 @@ SMALL = {
 LORA = {"rank": 8, "alpha": 16.0, "targets": ["q", "v"]}
 PRODUCTS = {"512 x 576 @ 576 x 1,536": (512, 576, 1536), "512 x 576 @ 576 x 49,152": (512, 576, 49152)}
 PRODUCTS["2,048 x 2,048 @ 2,048 x 2,048"] = (2048, 2048, 2048)
-PACKED = {"GSM8K": "sft_gsm8k.jsonl", "sft_multiturn": "sft_multiturn.jsonl"}
-MAX_LENGTH, PACKED_BATCH, MOST_ROWS = 1024, 8, 1600
+PACKED = {"GSM8K": ("sft_gsm8k.jsonl", 1024), "sft_multiturn": ("sft_multiturn.jsonl", 512)}  # file, most tokens a row
+PADDED_BATCH, MOST_ROWS = 8, 1600
 
 
 def interpreter(variable: str, folder: str) -> str | None:
@@ -173,6 +173,26 @@ def overhead(bench: Bench) -> list[str]:
     return bench.table(entries, 0, gflop_per_token(SMOLLM2, SHAPE[1]))
 
 
+def parts(bench: Bench) -> list[str]:
+    """Where the time of that step goes: its parts as programs of their own."""
+    model = {"source": "smollm2-135m"}
+    names = {"body": "30 layers, forward and backward", "head": "head, loss and metrics, forward and backward"}
+    names["optimiser"] = "clip and AdamW"
+    entries = bench.play([ours(names[part], "part", part=part, model=model, shape=SHAPE, steps=3) for part in names])
+    tokens = SHAPE[0] * SHAPE[1]
+    head = 6e-9 * SMOLLM2["hidden_size"] * SMOLLM2["vocab_size"] * tokens
+    gflop = (gflop_per_token(SMOLLM2, SHAPE[1]) * tokens - head, head, 0.0)
+    lines = ["| part | seconds, median (least to most) | model GFLOP/s | share of GEMM peak |", "|---|---:|---:|---:|"]
+    for entry, work in zip(entries, gflop, strict=True):
+        if entry.turns:
+            times = [1 / rate for rate in entry.rates]
+            speed = f"{work * entry.rate:.0f}" if work else "-"
+            share = f"{work * entry.rate / bench.peak:.0%}" if work and bench.peak else "-"
+            seconds = f"{1 / entry.rate:.2f} ({min(times):.2f} to {max(times):.2f})"
+            lines.append(f"| {entry.variant.label} | {seconds} | {speed} | {share} |")
+    return [*lines, "", *failures(entries)]
+
+
 def lora(bench: Bench) -> list[str]:
     """LoRA r8 on q and v, same rows."""
     entries = bench.play(
@@ -189,7 +209,7 @@ def packed(bench: Bench) -> list[str]:
     lines = ["| rows | TRL, padded: useful tokens/s | useful share | jaxpost, packed | useful share | ratio | bound |"]
     lines.append("|---|---:|---:|---:|---:|---:|---:|")
     reasons = []
-    for name, file in PACKED.items():
+    for name, (file, most) in PACKED.items():
         source = pathlib.Path(os.environ.get("JAXPOST_DATA", ROOT / "data")) / "converted" / file
         if not source.exists():
             reasons.append(f"{name}: not measured, {file} is not in JAXPOST_DATA.\n")
@@ -199,8 +219,8 @@ def packed(bench: Bench) -> list[str]:
         common = {"rows": str(rows)}
         entries = bench.play(
             [
-                torch("TRL", llama=SMOLLM2, shape=(PACKED_BATCH, MAX_LENGTH), steps=1, **common),
-                ours("jaxpost", model={"source": "smollm2-135m"}, shape=(1, MAX_LENGTH), steps=2, **common),
+                torch("TRL", llama=SMOLLM2, shape=(PADDED_BATCH, most), steps=1, **common),
+                ours("jaxpost", model={"source": "smollm2-135m"}, shape=(1024 // most, most), steps=2, **common),
             ],
             min(3, bench.rounds),  # a turn of TRL takes a minute
         )
@@ -226,13 +246,7 @@ def small(bench: Bench) -> list[str]:
     return bench.table(entries, 0, gflop_per_token(SMALL, SHAPE[1]))
 
 
-CASES = {"gemm": gemm, "full": full, "overhead": overhead, "lora": lora, "packed": packed, "small": small}
-
-
-def measure(only: list[str], rounds: int, logs: pathlib.Path) -> dict[str, str]:
-    """Case -> markdown. Without gemm the tables have no shares of its peak."""
-    bench = Bench(rounds, logs)
-    return {name: "\n".join(case(bench)) for name, case in CASES.items() if name in only}
+CASES = {case.__name__: case for case in (gemm, full, overhead, parts, lora, packed, small)}
 
 
 def main() -> None:
@@ -244,8 +258,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         logs = flags.logs or pathlib.Path(folder)
         logs.mkdir(exist_ok=True)
-        for name, text in measure(flags.only.split(","), flags.rounds, logs).items():
-            print(f"## {name}\n\n{text}\n", flush=True)
+        bench, only = Bench(flags.rounds, logs), flags.only.split(",")
+        for name, case in CASES.items():
+            if name in only:  # without gemm the tables have no shares of its peak
+                print(f"## {name}
+
+" + "
+".join(case(bench)) + "
+", flush=True)
 
 
 if __name__ == "__main__":
