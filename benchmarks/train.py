@@ -261,11 +261,8 @@ def main() -> None:
         bench, only = Bench(flags.rounds, logs), flags.only.split(",")
         for name, case in CASES.items():
             if name in only:  # without gemm the tables have no shares of its peak
-                print(f"## {name}
-
-" + "
-".join(case(bench)) + "
-", flush=True)
+                text = "\n".join(case(bench))
+                print(f"## {name}\n\n{text}\n", flush=True)
 
 
 if __name__ == "__main__":
