@@ -24,6 +24,7 @@ sys.path.insert(0, str(ROOT))  # the checkout, installed or not
 
 # XLA and torch ask the system for their large buffers anew in every step, and it hands them over page by page.
 ENVIRONMENT = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+SMALL_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=0"}
 SHAPE = (2, 256)  # rows, positions
 SMOLLM2 = {
     "vocab_size": 49152,
@@ -58,7 +59,8 @@ def interpreter(variable: str, folder: str) -> str | None:
 
 def ours(label: str, variant: str = "loop", **arguments) -> Variant:
     steps = arguments.pop("steps", 2)
-    return Variant(label, sys.executable, "ours.py", {"variant": variant} | arguments, steps)
+    environment = arguments.pop("environment", {})
+    return Variant(label, sys.executable, "ours.py", {"variant": variant} | arguments, steps, environment=environment)
 
 
 def torch(label: str, variant: str = "trl", **arguments) -> Variant:
@@ -153,6 +155,7 @@ def full(bench: Bench) -> list[str]:
         [
             torch("TRL", llama=SMOLLM2, shape=SHAPE),
             torch("bare torch", "bare", llama=SMOLLM2, shape=SHAPE),
+            ours("plain jax", "plain", model={"source": "smollm2-135m"}, shape=SHAPE),
             ours("jaxpost", model={"source": "smollm2-135m"}, shape=SHAPE),
         ]
     )
@@ -165,9 +168,9 @@ def overhead(bench: Bench) -> list[str]:
     entries = bench.play(
         [
             ours("bare step", "bare", model=model, shape=SHAPE),
-            ours("plain jax step", "plain", model=model, shape=SHAPE),
             ours("jaxpost", model=model, shape=SHAPE),
             ours("jaxpost, remat: dots", model=model | {"remat": "dots"}, shape=SHAPE),
+            ours("jaxpost, pages of 4 KiB", model=model, shape=SHAPE, environment=SMALL_PAGES),
         ]
     )
     return bench.table(entries, 0, gflop_per_token(SMOLLM2, SHAPE[1]))

@@ -56,6 +56,7 @@ class Variant:
     arguments: dict
     steps: int = 2  # a turn
     missing: str = ""
+    environment: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass
@@ -131,7 +132,7 @@ def _start(entry: Measured, logs: pathlib.Path, environment: dict[str, str], cor
             stdout=subprocess.PIPE,
             stderr=log,
             text=True,
-            env=os.environ | threads | environment,
+            env=os.environ | threads | environment | variant.environment,
             preexec_fn=(lambda: os.sched_setaffinity(0, cores)) if cores else None,
         )
 
