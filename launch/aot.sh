@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Compile the real train step for TPU v5e and NVIDIA H100 on this machine, which needs neither, and check what comes out:
-#   bash launch/aot.sh [pytest arguments]      prints the table of docs/performance.md, one line a compilation
+#   bash launch/aot.sh [pytest arguments]      prints the table of docs/accelerators.md, one line a compilation
 # The environment is .venv-aot (about 2 GB: libtpu, the CUDA plugin without CUDA); AOT_VENV names another folder,
 # AOT_ENV=DIR uses a finished environment as it is. Ends with status 3, and says why, where it cannot be made.
 # Minutes: about 12 on 2 idle cores, and 4 GB of memory.

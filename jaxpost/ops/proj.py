@@ -28,6 +28,28 @@ class Lora:
         return self.base.dtype
 
 
+@jax.custom_vjp
+def matmul(x: jax.Array, weight: jax.Array) -> jax.Array:
+    """x [..., in] @ weight [in, out], with the weight's gradient made as x^T dy, in the weight's own layout.
+
+    JAX's rule makes (dy^T x)^T; on a CPU XLA then transposes dy, and repeats in that slow order whatever made dy.
+    """
+    return x @ weight
+
+
+def _matmul_fwd(x: jax.Array, weight: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return x @ weight, (x, weight)
+
+
+def _matmul_bwd(saved: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x, weight = saved
+    rows = tuple(range(x.ndim - 1))
+    return jax.lax.dot_general(dy, weight, (((x.ndim - 1,), (1,)), ((), ()))), jnp.tensordot(x, dy, (rows, rows))
+
+
+matmul.defvjp(_matmul_fwd, _matmul_bwd)
+
+
 def proj(x: jax.Array, weight: jax.Array | Lora, rng: jax.Array | None = None) -> jax.Array:
     """x [..., in] @ weight [in, out] in x's dtype; rng: keys the adapter's dropout, None means deterministic.
 
@@ -35,18 +57,18 @@ def proj(x: jax.Array, weight: jax.Array | Lora, rng: jax.Array | None = None) -
     g is `stretch`. Only with dropout does this cost a second product with base.
     """
     if not isinstance(weight, Lora):
-        return x @ weight.astype(x.dtype)
+        return matmul(x, weight.astype(x.dtype))
     low = x
     if rng is not None and weight.dropout > 0:
         keep = jax.random.bernoulli(rng, 1 - weight.dropout, x.shape)
         low = jnp.where(keep, x / (1 - weight.dropout), 0).astype(x.dtype)
     base = weight.base.astype(x.dtype)
-    plain = x @ base
-    update = (low @ weight.a.astype(x.dtype)) @ weight.b.astype(x.dtype)
+    plain = matmul(x, base)
+    update = matmul(matmul(low, weight.a.astype(x.dtype)), weight.b.astype(x.dtype))
     update = update * jnp.asarray(weight.scale, x.dtype)
     if weight.magnitude is None:
         return plain + update
-    seen = plain if low is x else low @ base
+    seen = plain if low is x else matmul(low, base)
     gain = stretch(weight)
     return plain + (gain - 1).astype(x.dtype) * seen + gain.astype(x.dtype) * update
 

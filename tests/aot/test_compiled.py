@@ -1,7 +1,7 @@
 """The real train step compiled ahead of time for 16 TPU v5e and 8 H100: it fits, it reuses the state, it moves what
 docs/architecture.md says. bash launch/aot.sh makes the environment that this needs and runs it.
 
-Each compilation is a process of its own (compile.py); -s prints a line of docs/performance.md for each.
+Each compilation is a process of its own (compile.py); -s prints a line of docs/accelerators.md for each.
 """
 
 import importlib.util
@@ -56,7 +56,7 @@ def compiled(devices: str, source: str, *words: str, rows: int, length: int, **m
 
 
 def line(devices: str, source: str, rows: int, length: int, report: aot.Report) -> str:
-    """One row of the table in docs/performance.md."""
+    """One row of the table in docs/accelerators.md."""
     sizes = ("params", "optimizer", "frozen", "temporaries", "peak")
     cells = [
         "135M" if source == SMOLLM2 else "8B",
