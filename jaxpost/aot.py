@@ -120,6 +120,8 @@ def abstract_job(config: Config, devices: list) -> AbstractJob:
     check_divides(config.data.batch_size, config.loop.micro_batches, config.data.widths, rules)
     base = abstract_params(spec, config.model.param_dtype)
     frozen = {} if config.lora is None else {"policy": structs(base, rules)}
+    if "ref" in config.algorithm.needs and not frozen:
+        frozen["ref"] = structs(base, rules)
     infos = base if config.lora is None else lora.abstract_adapters(config.lora, spec)
     check_needs(config.algorithm, frozen)
     steps = config.loop.steps or config.optim.warmup_steps + config.optim.decay_steps + 1  # only a constant in it

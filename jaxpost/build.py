@@ -138,7 +138,8 @@ def build_job(
 
 def check_needs(algorithm: Algorithm, frozen: dict[str, Any]) -> None:
     """ConfigError where an algorithm reads a frozen model that is not there."""
-    if missing := sorted(set(algorithm.needs) - set(frozen)):
+    given = set(frozen) | ({"ref"} if "policy" in frozen else set())  # a base without its adapters is the reference
+    if missing := sorted(set(algorithm.needs) - given):
         raise ConfigError(f"algorithm.name: {algorithm.name} needs a frozen {missing[0]} model; none can be given yet")
 
 
@@ -267,10 +268,12 @@ def _agreed_step(checkpointer: Checkpointer) -> int | None:
 def _weights(config: Config, model: Model, begins: bool) -> tuple[dict[str, Any], dict[str, Any]]:
     """(params, frozen) by role. Where a checkpoint holds the trained ones they are shapes only: nothing is loaded."""
     spec, frozen = model.located.spec, {} if config.lora is None else {"policy": load_weights(model)}
+    if "ref" in config.algorithm.needs and not frozen:
+        frozen["ref"] = load_weights(model)
     if not begins:
-        infos = lora.abstract_adapters(config.lora, spec) if frozen else abstract_params(spec, model.param_dtype)
+        infos = lora.abstract_adapters(config.lora, spec) if config.lora else abstract_params(spec, model.param_dtype)
         return {"policy": structs(infos, model.rules)}, frozen
-    return (_adapters(config, model, frozen["policy"]) if frozen else {"policy": load_weights(model)}), frozen
+    return (_adapters(config, model, frozen["policy"]) if config.lora else {"policy": load_weights(model)}), frozen
 
 
 def _adapters(config: Config, model: Model, base: Any) -> dict[str, Any]:

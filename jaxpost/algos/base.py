@@ -66,6 +66,7 @@ class Algorithm(abc.ABC):
     needs: ClassVar[tuple[str, ...]] = ()  # frozen roles besides a LoRA base
     slow: ClassVar[dict[str, SlowRule]] = {}  # or a property, where the config decides
     stochastic: ClassVar[bool] = False  # the loss draws from its rng; likewise
+    whole_batch: ClassVar[bool] = False  # the loss is no sum over units: micro-batches would change it
     name: str
 
     @abc.abstractmethod
@@ -100,9 +101,9 @@ class Algorithm(abc.ABC):
     def evaluate(self, apply: Policy, state: TrainState, frozen: Frozen, batch: Batch) -> dict[str, Mean]:
         """Held-out metrics of one batch; the loop adds the two parts of each Mean over batches."""
         batch, _ = self.prepare(apply, state, frozen, batch)
-        _, metrics = self.loss(apply, state.params, frozen, batch, None)
-        size = self.size(batch)
-        return {name: Mean(x.value * size, size) for name, x in metrics.items() if isinstance(x, Mean)}
+        loss, metrics = self.loss(apply, state.params, frozen, batch, None)
+        size, means = self.size(batch), {name: x.value for name, x in metrics.items() if isinstance(x, Mean)}
+        return {name: Mean(value * size, size) for name, value in ({"loss": loss} | means).items()}
 
 
 def registry() -> dict[str, type[Algorithm]]:

@@ -139,8 +139,8 @@ def pack_rows(rows: Sequence[Sequence[Unit]], width: int, columns: Iterable[str]
     """Columns [len(rows), width] as numpy arrays. A row without units is all padding.
 
     Padding has token 0, mask False, position 0, segment 0: a real token 0 differs from it by its segment. columns:
-    names of what examples tell beside their tokens (Example.extra), in batch.extra as f32[len(rows), max_segments]: place s
-    is that of segment s + 1, and 0 where there is none.
+    names of what examples tell beside their tokens (Example.extra), in batch.extra as f32[len(rows), max_segments]:
+    place s is that of segment s + 1, and 0 where there is none.
     """
     shape = (len(rows), width)
     tokens, targets, positions, segments = (np.zeros(shape, np.int32) for _ in range(4))

@@ -71,7 +71,10 @@ def preference_loss(
     """
     kinds = named(kind)
     options = Options(beta, label_smoothing, delta, discopop_tau, ipo_length_normalized)
-    check(options, [name for name, _ in kinds], f_divergence, f_alpha, pair_weights, chosen_nll)
+    check(
+        options, [name for name, _ in kinds], f_divergence, f_alpha,
+        weighed=pair_weights is not None, with_nll=chosen_nll is not None,
+    )  # fmt: skip
     if reference_free:
         reference = jax.tree.map(jnp.zeros_like, policy)
     elif reference is None:
@@ -125,13 +128,21 @@ def named(kind: str | Sequence[tuple[str, float]]) -> list[tuple[str, float]]:
     return [(name, coefficient) for name, coefficient in kind]
 
 
+def check_config(kind: str | Sequence[tuple[str, float]], *, reference_free: bool, **options) -> None:
+    """Raises ValueError as preference_loss would with these arguments, before there is any data."""
+    kinds = [name for name, _ in named(kind)]
+    f_divergence, f_alpha = options.pop("f_divergence"), options.pop("f_alpha")
+    check(Options(**options), kinds, f_divergence, f_alpha, weighed=False, with_nll="sft" in kinds)
+
+
 def check(
     options: Options,
     kinds: list[str],
     f_divergence: str,
     f_alpha: float,
-    pair_weights: jax.Array | None,
-    chosen_nll: jax.Array | None,
+    *,
+    weighed: bool,
+    with_nll: bool,
 ) -> None:
     """Raises ValueError on a number out of range or a combination that the kinds have no meaning for."""
     name, e = "preference_loss", options.label_smoothing
@@ -154,11 +165,11 @@ def check(
             f"{name}: f_divergence {f_divergence!r} has no meaning for {', '.join(left)}; "
             f"it goes with {', '.join(DIVERGENT)}, or use reverse_kl"
         )
-    if pair_weights is not None and (left := [k for k in kinds if k in SORTED]):
+    if weighed and (left := [k for k in kinds if k in SORTED]):
         raise ValueError(
             f"{name}: {left[0]} compares ranks, not pairs, so pair_weights have no meaning; leave them out"
         )
-    if ("sft" in kinds) != (chosen_nll is not None):
+    if ("sft" in kinds) != with_nll:
         raise ValueError(f"{name}: chosen_nll and the kind 'sft' go together; give both or neither")
 
 

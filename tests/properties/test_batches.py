@@ -22,14 +22,15 @@ def test_layout_changes_nothing(case):
     assert_same(run(shuffled(batch)), want)
     assert_same(run(packed(case.units[::-1])), want)
     assert_same(run(packed(case.units, width=2 * harness.WIDTH)), want)
-    assert_same(Run(case, micro_batches=4)(batch), want, 4e-6)  # every leaf is rounded four times more
-    assert_same(Run(case, policy=SpoiltPolicy)(spoilt(batch)), want)
+    if not case.algorithm.whole_batch:
+        assert_same(Run(case, micro_batches=4)(batch), want, 4e-6)  # every leaf is rounded four times more
+    assert_same(Run(case, policy=SpoiltPolicy)(spoilt(batch, case.trains_prompts)), want)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_without_jit(case):
     units = case.units[:2]
-    batch = packed(units, rows=1, width=32)
+    batch = packed(units, rows=1, width=64)
     run = Run(case)
     want = run(batch)
     with jax.disable_jit():
