@@ -18,15 +18,15 @@ def pair(logprobs, first, second) -> PairLogprobs:
     return PairLogprobs(logprobs[first], logprobs[second], one, one)
 
 
-def train(steps: int, first, second, weights, rate: float, **settings) -> jax.Array:
-    """Logprobs after gradient descent on the logits, from the reference on."""
+def trainer(first, second, weights, rate: float, **settings):
+    """steps -> logprobs after so many steps of gradient descent on the logits, from the reference on."""
 
     def loss(logits):
         policy = pair(jax.nn.log_softmax(logits), first, second)
         return preference_loss(policy, pair(REFERENCE, first, second), beta=BETA, weights=weights, **settings)[0]
 
     step = lambda _, logits: logits - rate * jax.grad(loss)(logits)
-    return jax.nn.log_softmax(jax.jit(lambda x: jax.lax.fori_loop(0, steps, step, x))(REFERENCE))
+    return jax.jit(lambda steps: jax.nn.log_softmax(jax.lax.fori_loop(0, steps, step, REFERENCE)))
 
 
 @pytest.mark.parametrize("kind", ["sigmoid", "robust"])
@@ -39,21 +39,22 @@ def test_dpo_reaches_the_tilted_reference(kind):
     settings = {}
     if kind == "robust":
         weights, settings = 0.8 * weights + 0.2 * (1 / 6 - weights), {"label_smoothing": 0.2}
-    found = train(600, FIRST, SECOND, weights, 5.0, kind=kind, **settings)
+    found = trainer(FIRST, SECOND, weights, 5.0, kind=kind, **settings)(600)
     np.testing.assert_allclose(found, jax.nn.log_softmax(REFERENCE + REWARD / BETA), atol=2e-5)
 
 
 def test_deterministic_preferences():
     """Always 0 over 1: DPO's log-ratio margin grows like log(steps); IPO's stops at 1/(2 beta), cDPO's at the odds."""
-    first, second, weights = np.array([0]), np.array([1]), jnp.ones(1)
 
-    def margin(steps, rate=1.0, **settings):
-        gap = train(steps, first, second, weights, rate, **settings) - REFERENCE
-        return float(gap[0] - gap[1])
+    def margin_after(rate=1.0, **settings):
+        train = trainer(np.array([0]), np.array([1]), jnp.ones(1), rate, **settings)
+        gap = lambda steps: train(steps) - REFERENCE
+        return lambda steps: float(gap(steps)[0] - gap(steps)[1])
 
-    early, later, late = (margin(steps, kind="sigmoid") for steps in (100, 1000, 10000))
+    dpo = margin_after(kind="sigmoid")
+    early, later, late = dpo(100), dpo(1000), dpo(10000)
     assert later - early > 3 and late - later > 3
     np.testing.assert_allclose(late - later, np.log(10) / BETA, rtol=0.05)
-    np.testing.assert_allclose(margin(300, 0.1, kind="ipo"), 1 / (2 * BETA), rtol=1e-5)
-    smoothed = margin(1000, kind="sigmoid", label_smoothing=0.1)
+    np.testing.assert_allclose(margin_after(0.1, kind="ipo")(300), 1 / (2 * BETA), rtol=1e-5)
+    smoothed = margin_after(kind="sigmoid", label_smoothing=0.1)(1000)
     np.testing.assert_allclose(smoothed, np.log(0.9 / 0.1) / BETA, rtol=1e-4)
