@@ -18,12 +18,15 @@ def test_layout_changes_nothing(case):
     assert (batch.segments.max(axis=1) > 1).any() and (batch.segments == 0).any()
     run = Run(case)
     want = run(batch)
-    assert_same(run(unpacked(case.units)), want)
-    assert_same(run(shuffled(batch)), want)
-    assert_same(run(packed(case.units[::-1])), want)
-    assert_same(run(packed(case.units, width=2 * harness.WIDTH)), want)
-    assert_same(Run(case, micro_batches=4)(batch), want, 4e-6)  # every leaf is rounded four times more
-    assert_same(Run(case, policy=SpoiltPolicy)(spoilt(batch)), want)
+    for other in (
+        unpacked(case.units),
+        shuffled(batch),
+        packed(case.units[::-1]),
+        packed(case.units, width=2 * harness.WIDTH),
+    ):
+        assert_same(run(other), want, case.tolerance)
+    assert_same(Run(case, micro_batches=4)(batch), want, 2 * case.tolerance)  # every leaf is rounded four times more
+    assert_same(Run(case, policy=SpoiltPolicy)(spoilt(batch)), want, case.tolerance)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -33,7 +36,7 @@ def test_without_jit(case):
     run = Run(case)
     want = run(batch)
     with jax.disable_jit():
-        assert_same(run(batch), want)
+        assert_same(run(batch), want, case.tolerance)
 
 
 @pytest.mark.parametrize("case", ZERO_KNOBS, ids=lambda case: case.name)
