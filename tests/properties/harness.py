@@ -79,8 +79,8 @@ def _sft() -> list[Case]:
     return [
         Case("sft", SFT(), units),
         Case("sft-lora", SFT(), units, lora.LoraConfig(rank=4)),
-        # Two scans (models/stacks.py). Without the larger gradients of layer 0 the same rounding is a greater share of a
-        # leaf: 2.9e-6 was seen with one scan as well.
+        # Two scans (models/stacks.py). Without the larger gradients of layer 0 the same rounding is a greater share of
+        # a leaf: 2.9e-6 was seen with one scan as well.
         Case("sft-lora-upper", SFT(), units, lora.LoraConfig(rank=4, layers="1:"), tolerance=4e-6),
         Case("sft-dft", SFT(kind="dft"), units),
         Case("sft-sequence-z", SFT(normalise="sequence", z_loss=0.01), units),
