@@ -90,6 +90,8 @@ def run_loop(turns: Turns, given: dict, folder: pathlib.Path) -> None:
 
 def run_bare(turns: Turns, given: dict, naive_head: bool) -> None:
     """The step that somebody would write for this one purpose."""
+    import optax
+
     from jaxpost.build_model import build_model, load_weights
     from jaxpost.models import decoder
     from jaxpost.models.loading import ModelConfig
@@ -106,29 +108,22 @@ def run_bare(turns: Turns, given: dict, naive_head: bool) -> None:
         tokens, targets = ids[:, :-1], ids[:, 1:]
         hidden = decoder.apply(spec, params, tokens, positions, segments, options=options)[0]
         if not naive_head:
-            return -jnp.mean(token_logprobs(hidden, decoder.head(params), targets)[0])
+            return -jnp.mean(token_logprobs(hidden, decoder.head(params), targets, mask=segments > 0)[0])
         logprobs = jax.nn.log_softmax(hidden @ decoder.head(params).T)
         return -jnp.mean(jnp.take_along_axis(logprobs, targets[..., None], axis=-1))
 
+    tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-5, weight_decay=0.0))
+
     @partial(jax.jit, donate_argnums=0)
     def step(state, ids):
-        params, mean, square, count = state
+        params, moments = state
         loss, grads = jax.value_and_grad(loss_of)(params, ids)
-        norm = jnp.sqrt(sum(jnp.sum(g * g) for g in jax.tree.leaves(grads)))
-        grads = jax.tree.map(lambda g: g * jnp.minimum(1.0, 1.0 / (norm + 1e-6)), grads)
-        count = count + 1
-        mean = jax.tree.map(lambda m, g: 0.9 * m + 0.1 * g, mean, grads)
-        square = jax.tree.map(lambda v, g: 0.999 * v + 0.001 * g * g, square, grads)
+        updates, moments = tx.update(grads, moments, params)
+        return (optax.apply_updates(params, updates), moments), loss
 
-        def moved(p, m, v):
-            return p - 1e-5 * (m / (1 - 0.9**count)) / (jnp.sqrt(v / (1 - 0.999**count)) + 1e-8)
-
-        return (jax.tree.map(moved, params, mean, square), mean, square, count), loss
-
-    params = load_weights(model)
-    params, mean, square = (jax.tree.map(f, params) for f in (jnp.copy, jnp.zeros_like, jnp.zeros_like))
-    state, loss, done = (params, mean, square, jnp.zeros((), jnp.float32)), None, 0
-    del params, mean, square
+    params = jax.tree.map(jnp.copy, load_weights(model))
+    state, loss, done = (params, tx.init(params)), None, 0
+    del params
     while True:
         turns.boundary(lambda: jax.block_until_ready(loss), done)
         state, loss = step(state, ids)

@@ -58,6 +58,9 @@ def build_job(
 ) -> Job:
     """A run ready for loop.run, restored from its newest checkpoint where there is one. devices: default all."""
     config = adopt_adapters(Loaded(config, {})).config
+    checkpointer = Checkpointer(config.run_dir, config.checkpoint)
+    step = _agreed_step(checkpointer)
+    config = _with_saved_segments(config, checkpointer, step)
     model = build_model(config.model, config.mesh, config.lora, devices, rundir.start_date(config.run_dir))
     algorithm, rules = config.algorithm, model.rules
     check_divides(config.data.batch_size, config.loop.micro_batches, config.data.widths, rules)
@@ -84,8 +87,6 @@ def build_job(
             "was trained on: longer examples ask for positions that it has never seen"
         )
 
-    checkpointer = Checkpointer(config.run_dir, config.checkpoint)
-    step = _agreed_step(checkpointer)
     params, frozen = _weights(config, model, begins=step is None)
     check_needs(algorithm, frozen)
     program = make_program(config, policy, rules, params, total_steps)
@@ -263,6 +264,17 @@ def _agreed_step(checkpointer: Checkpointer) -> int | None:
             "must be a folder that all hosts share"
         )
     return None if first < 0 else first
+
+
+def _with_saved_segments(config: Config, checkpointer: Checkpointer, step: int | None) -> Config:
+    """A run that goes on keeps the data.max_segments that it began with, where the config leaves it to the data."""
+    if step is None or config.data.max_segments is not None:
+        return config
+    try:
+        saved = checkpointer.source_state(step)["fingerprint"].get("data.max_segments")
+    except CheckpointError:
+        return config  # damaged: restore says so, or falls back
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, max_segments=saved))
 
 
 def _weights(config: Config, model: Model, begins: bool) -> tuple[dict[str, Any], dict[str, Any]]:

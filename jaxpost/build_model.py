@@ -87,7 +87,7 @@ def lay_out(
     if (needs := {"splash": "tpu", "cudnn": "gpu"}.get(config.attention, platform)) != platform:
         raise ConfigError(f"model.attention: {config.attention} runs on a {needs}, this is a {platform}; use auto")
     options = decoder.Options(
-        dtype=jnp.dtype(dtype), remat=remat, attention=config.attention,
+        dtype=jnp.dtype(dtype), remat=remat, attention=config.attention, platform=platform,
         rules=rules if mesh.size > 1 else None,
     )  # fmt: skip
     return Policy(spec, options, adapters), rules
@@ -122,7 +122,8 @@ def open_model(source: str, weights: str = "policy") -> tuple[Model, Any, Any]:
     if source.startswith("ckpt:") or os.path.isfile(os.path.join(source, "config.yaml")):
         located = locate(f"ckpt:{run}")
         saved = load_saved(located.path)
-        config = dataclasses.replace(saved.model, source=f"ckpt:{run}")
+        # Where and how it was trained does not matter here: this may be another machine.
+        config = dataclasses.replace(saved.model, source=f"ckpt:{run}", attention="auto", remat="auto")
         model = build_model(config, MeshConfig(data=1), saved.lora, jax.devices()[:1])
         base, trained = load_run(model, saved, located, weights)
         return (model, trained, None) if base is None else (model, base, trained)

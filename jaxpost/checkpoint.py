@@ -100,6 +100,10 @@ class Checkpointer:
         """The meta given to save."""
         return self._json(step, "meta")
 
+    def source_state(self, step: int) -> dict[str, Any]:
+        """The source state given to save."""
+        return self._json(step, "source")
+
     def _json(self, step: int, name: str) -> Any:
         path = self.folder / str(step) / f"{name}.json"
         try:
@@ -243,7 +247,7 @@ class Checkpointer:
         """
         step = self._sound(step, allow_fallback)
         state = self._arrays(step, abstract_state, _named_leaves(abstract_state), exact=True)
-        return state, self._json(step, "source"), self.meta(step)
+        return state, self.source_state(step), self.meta(step)
 
     def restore_params(
         self, step: int, abstract_params: dict[str, Tree], *, part: str = "params", allow_fallback: bool = False

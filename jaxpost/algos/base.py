@@ -94,16 +94,13 @@ class Algorithm(abc.ABC):
     ) -> tuple[Array, Metrics]:
         """A weighted sum over one micro-batch, and metrics that add up over micro-batches."""
 
-    def size(self, batch: Batch) -> Array:
-        """What one held-out batch counts beside others, f32[]: as many as its weights were divided by."""
-        return jnp.sum(batch.mask, dtype=jnp.float32)
-
     def evaluate(self, apply: Policy, state: TrainState, frozen: Frozen, batch: Batch) -> dict[str, Mean]:
-        """Held-out metrics of one batch; the loop adds the two parts of each Mean over batches."""
+        """Held-out metrics of one batch; the loop adds the two parts of each Mean over batches, which differ in size:
+        so a loss weighs its Means by counts (raw_weights), not by weights that were normalised within the batch.
+        """
         batch, _ = self.prepare(apply, state, frozen, batch)
-        loss, metrics = self.loss(apply, state.params, frozen, batch, None)
-        size, means = self.size(batch), {name: x.value for name, x in metrics.items() if isinstance(x, Mean)}
-        return {name: Mean(value * size, size) for name, value in ({"loss": loss} | means).items()}
+        _, metrics = self.loss(apply, state.params, frozen, batch, None)
+        return {name: value for name, value in metrics.items() if isinstance(value, Mean)}
 
 
 def registry() -> dict[str, type[Algorithm]]:
@@ -131,16 +128,14 @@ def token_weights(mask: Array, segments: Array, rule: Normalise, constant: float
 
     mask bool[B,T]; segments i32[B,T]. Sequences are segments, never packed rows. All zero where nothing is trainable.
     """
+    raw = raw_weights(mask, segments, rule)
+    return raw / (constant if rule == "constant" else jnp.maximum(jnp.round(jnp.sum(raw)), 1.0))
+
+
+def raw_weights(mask: Array, segments: Array, rule: Normalise) -> Array:
+    """f32[B,T]: token_weights before they are divided; they add up over batches, and count targets or sequences."""
     wanted = mask.astype(jnp.float32)
-    if rule == "constant":
-        return wanted / constant
-    if rule == "token":
-        return wanted / jnp.maximum(jnp.sum(wanted), 1.0)
+    if rule != "sequence":
+        return wanted
     counts = segment_sums(wanted, segments, mask.shape[1])  # [B,T+1]: a row holds at most T segments
-    own = jnp.take_along_axis(counts, segments, axis=1)
-    return wanted / (jnp.maximum(own, 1.0) * jnp.maximum(count_sequences(mask, segments), 1.0))
-
-
-def count_sequences(mask: Array, segments: Array) -> Array:
-    """Segments with a trainable target, f32[]."""
-    return jnp.sum(segment_sums(mask.astype(jnp.float32), segments, mask.shape[1]) > 0, dtype=jnp.float32)
+    return wanted / jnp.maximum(jnp.take_along_axis(counts, segments, axis=1), 1.0)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxpost.algos.base import Algorithm, Context, Source
 from jaxpost.losses.units import PairLogprobs
 from jaxpost.models.policy import Policy
+from jaxpost.ops.logprobs import TokenStats
 from jaxpost.ops.segments import segment_sums
 from jaxpost.types import Array, Batch, Frozen, Mean, Metrics, weighted_mean
 
@@ -38,9 +39,13 @@ class Pairs(Algorithm):
         """bool[B,T]: which targets of the chosen side its likelihood term is over."""
         return batch.mask
 
-    def size(self, batch):
-        """Pairs."""
-        return jnp.sum(segment_totals(batch.mask, batch) > 0, dtype=jnp.float32) / 2
+    def evaluate(self, apply, state, frozen, batch):
+        """Held-out metrics, and the loss, a mean over pairs."""
+        batch, _ = self.prepare(apply, state, frozen, batch)
+        loss, metrics = self.loss(apply, state.params, frozen, batch, None)
+        pairs = jnp.sum(pair_weights(batch) > 0, dtype=jnp.float32)
+        found = {name: value for name, value in metrics.items() if isinstance(value, Mean)}
+        return found | {"loss": Mean(loss * pairs, pairs)}
 
 
 def segment_totals(values: Array, batch: Batch) -> Array:
@@ -76,16 +81,18 @@ def chosen_nll(logprobs: Array, batch: Batch) -> Array:
 
 
 def pair_means(metrics: dict[str, Array], weights: Array) -> Metrics:
-    """One number a pair -> weighted means."""
-    return {name: weighted_mean(values, weights) for name, values in metrics.items()}
+    """One number a pair -> means over the pairs that are there."""
+    there = (weights != 0).astype(jnp.float32)
+    return {name: weighted_mean(values, there) for name, values in metrics.items()}
 
 
-def token_means(stats, batch: Batch) -> dict[str, Mean]:
-    """Of the chosen side under batch.weights: what supervised fine-tuning reports."""
+def token_means(stats: TokenStats, batch: Batch) -> Metrics:
+    """Of the chosen side's tokens: what supervised fine-tuning reports."""
+    there = (batch.weights != 0).astype(jnp.float32)
     return {
-        "nll_loss": weighted_mean(-stats.logprobs, batch.weights),
-        "entropy": weighted_mean(stats.entropy, batch.weights),
-        "mean_token_accuracy": weighted_mean(stats.correct, batch.weights),
+        "nll_loss": weighted_mean(-stats.logprobs, there),
+        "entropy": weighted_mean(stats.entropy, there),
+        "mean_token_accuracy": weighted_mean(stats.correct, there),
     }
 
 

@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import model_validator
 from pydantic.dataclasses import dataclass
 
-from jaxpost.algos.base import Algorithm, Context, Normalise, SlowRule, Source, count_sequences, token_weights
+from jaxpost.algos.base import Algorithm, Context, Normalise, SlowRule, Source, raw_weights, token_weights
 from jaxpost.fields import SECTION, NonNegFloat, PosFloat
 from jaxpost.losses.sft import sft_loss
 from jaxpost.types import weighted_mean
@@ -52,17 +52,14 @@ class SFT(Algorithm):
         weights = token_weights(batch.mask, batch.segments, self.normalise, self.constant)
         return batch.replace(weights=weights), state.scalars
 
-    def size(self, batch):
-        """Trainable targets, or sequences where each counts the same."""
-        return count_sequences(batch.mask, batch.segments) if self.normalise == "sequence" else super().size(batch)
-
     def loss(self, apply, params, frozen, batch, rng):
-        """sum of weights * (nll or dft, and z-loss), with entropy and accuracy under the same weights."""
+        """sum of weights * (nll or dft, and z-loss); entropy and accuracy are means under the same rule."""
         weights = apply.join(params, frozen, "policy")
         stats = apply.target_stats(weights, batch, rng=rng, embed_noise=self.neftune_alpha)
         loss, _ = sft_loss(stats.logprobs, batch.weights, kind=self.kind, z_loss=self.z_loss, lse=stats.lse)
+        counts = raw_weights(batch.mask, batch.segments, self.normalise)
         return loss, {
-            "nll": weighted_mean(-stats.logprobs, batch.weights),
-            "entropy": weighted_mean(stats.entropy, batch.weights),
-            "mean_token_accuracy": weighted_mean(stats.correct, batch.weights),
+            "nll": weighted_mean(-stats.logprobs, counts),
+            "entropy": weighted_mean(stats.entropy, counts),
+            "mean_token_accuracy": weighted_mean(stats.correct, counts),
         }

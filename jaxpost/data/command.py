@@ -165,7 +165,8 @@ def packing(units: Sequence[Unit], config: DataConfig, share: float) -> list[str
     alone = sum(lengths) / len(units) / config.seq_len
     epoch = num_rows / share / config.batch_size
     return [
-        f"packing {config.packing!r} into rows of {config.seq_len}: {num_rows} rows, {sum(lengths) / room:.1%} full, "
+        f"packing {config.packing!r} into rows of {config.seq_len}, at most {config.segments_per_row} examples each: "
+        f"{num_rows} rows, {sum(lengths) / room:.1%} full, "
         f"{len(units) / num_rows:.1f} examples a row (one a row: {alone:.1%} full)",
         f"trained: {trained} of {sum(lengths)} positions ({trained / sum(lengths):.1%})",
         f"an epoch: about {epoch:.0f} batches of {config.batch_size} rows",

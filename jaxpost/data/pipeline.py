@@ -40,7 +40,7 @@ from jaxpost.types import Batch
 from jaxpost.types import Stream as Tag
 
 COUNTERS = ("rows_read", "truncated", "dropped/bad_row", "dropped/too_long", "dropped/too_short", "dropped/no_target")
-SAMPLED = 1024  # records whose lengths decide how many segments a row may hold
+SAMPLED = 1024  # records, about, whose lengths decide how many segments a row may hold
 log = logging.getLogger(__name__)
 
 
@@ -276,23 +276,24 @@ def open_stream(
 
 
 def settle_segments(config: DataConfig, stream: Stream) -> DataConfig:
-    """The config with data.max_segments as a number: the fewest that fill rows about as well as no bound would.
+    """The config with data.max_segments as a number: the fewest that fill rows about as well as the bound would.
 
-    Kernels on accelerators take memory and time for as many segments as a row may hold. It follows from the first
-    records, so it is the same on every host and every start.
+    Kernels on accelerators take memory and time for as many segments as a row may hold. It follows from records all
+    over the first epoch, so it is the same on every host; a run that goes on keeps that of its checkpoint (build.py).
     """
     if config.max_segments is not None:
         return config
-    units = [unit for unit in stream.first(SAMPLED) if not isinstance(unit, BadRow)]
+    units = [unit for unit in stream.sample(SAMPLED) if not isinstance(unit, BadRow)]
+    units = [unit for unit in units if positions_of(unit) <= config.seq_len]
     lengths, segments = [positions_of(unit) for unit in units], [len(unit) for unit in units]
-    fits = [i for i, length in enumerate(lengths) if length <= config.seq_len]
-    lengths, segments = [lengths[i] for i in fits], [segments[i] for i in fits]
-    most, few = config.segments_per_row, max(8, *segments, 0, 0)
-    if config.packing == "best_fit":
-        rows = lambda bound: len(best_fit_rows(lengths, segments, config.seq_len, bound))
-        allowed = 1.01 * rows(max(most, few))
-        while few < most and rows(few) > allowed:
-            few *= 2
+    largest = max(segments, default=1)
+    if config.packing != "best_fit":  # a row holds one unit
+        return dataclasses.replace(config, max_segments=largest)
+    most = max(config.segments_per_row, largest)
+    few = min(most, max(8, largest))
+    allowed = 1.01 * len(best_fit_rows(lengths, segments, config.seq_len, most))
+    while few < most and len(best_fit_rows(lengths, segments, config.seq_len, few)) > allowed:
+        few = min(2 * few, most)
     return dataclasses.replace(config, max_segments=few)
 
 

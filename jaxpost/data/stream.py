@@ -123,6 +123,12 @@ class Stream:
         where = zip(*self.order.locate(epoch, start, min(start + CHUNK, stop)), strict=True)
         return tuple(self.sources[source][int(record)] for source, record in where)
 
+    def sample(self, count: int) -> Iterator[tuple[Example, ...] | BadRow]:
+        """Outcomes of about that many records, in chunks from all over the first epoch, made here and now."""
+        chunks = min(-(-count // CHUNK), self.chunks_per_epoch)
+        for k in range(chunks):
+            yield from self.chunk(k * self.chunks_per_epoch // chunks)
+
     def first(self, count: int) -> Iterator[tuple[Example, ...] | BadRow]:
         """Outcomes of the first records of the first epoch, made here and now."""
         left = min(count, self.order.records_per_epoch)

@@ -27,7 +27,8 @@ class Options:
     dtype: Any = jnp.float32  # of activations and matrix products
     remat: Literal["none", "full", "dots"] = "none"  # what the backward pass recomputes
     attention: Impl = "auto"
-    max_segments: int | None = None  # the most segments that a packed row holds, where that is known
+    max_segments: int | None = None  # the most segments that a packed row holds, where known; one with more is nan
+    platform: str | None = None  # "cpu", "gpu" or "tpu", what programs are for; None: jax's own
     rules: Rules | None = None  # None: one device, no constraints
 
     def shard(self, x: jax.Array, *logical: str | None) -> jax.Array:
@@ -218,7 +219,7 @@ def _attention(
     common = dict(window=kind.window, softcap=spec.attn_softcap, scale=spec.head_dim**-0.5)
     if cache is None:
         mesh = options.rules.mesh if options.rules else None
-        how = dict(impl=options.attention, max_segments=options.max_segments, mesh=mesh)
+        how = dict(impl=options.attention, max_segments=options.max_segments, mesh=mesh, platform=options.platform)
         out = attention(q, k, v, segments=segments, query_positions=None, **how, **common)
     else:
         rows = jnp.arange(B)[:, None]

@@ -69,6 +69,7 @@ class Policy:
                 mask=batch.mask,
                 mesh=rules.mesh if sharded else None,
                 specs=specs,
+                platform=self.options.platform,
             )
 
     def logprobs(

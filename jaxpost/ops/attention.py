@@ -35,6 +35,7 @@ def attention(
     impl: Impl = "auto",
     max_segments: int | None = None,
     mesh: Mesh | None = None,
+    platform: str | None = None,
 ) -> Array:
     """softmax(cap(scale q k^T) where visible) v, the softmax in fp32.
 
@@ -46,10 +47,12 @@ def attention(
     Args:
       q: float[B,T,H,hd]. k, v: float[B,S,KV,hd], KV divides H; query head h reads head h // (H / KV).
       window: only keys less than `window` positions back are visible. softcap: c for cap(z) = c tanh(z / c).
-      impl: "auto" is, for segments, the quickest that can do it here: blockwise on a CPU from 512 positions, splash on
-        a TPU, cudnn on a GPU from Hopper on in bf16; else xla.
+      impl: "auto" is, for segments, the quickest that can do it: blockwise on a CPU from 512 positions, splash on a
+        TPU, cudnn on a GPU from Hopper on in bf16; else xla, and always where a context axis splits the positions.
       max_segments: the most segments that a row holds; cudnn needs it, and returns nan for a row with more.
-      mesh: all but xla run under shard_map, rows over data and fsdp, heads over tensor.
+      mesh: all but xla run under shard_map, rows over data and fsdp, heads over tensor. They see whole rows: over a
+        context axis each of its devices does all of the work.
+      platform: "cpu", "gpu" or "tpu", what the program is for; None: the mesh's, or jax's own.
 
     Returns:
       float[B,T,H,hd] in q's dtype.
@@ -59,9 +62,11 @@ def attention(
         where it cannot run.
     """
     _check(q, k, v, query_positions, segments, window, impl)
-    device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
+    if platform is None:
+        platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
     if impl == "auto":
-        impl = "xla" if segments is None else _quickest(device, q, softcap, max_segments)
+        whole = segments is not None and (mesh is None or mesh.shape.get("context", 1) == 1)
+        impl = _quickest(platform, q, softcap, max_segments) if whole else "xla"
     if segments is not None:
         real = (segments != 0)[:, :, None, None]  # before any product: 0 * nan is nan
         q, k, v = (jnp.where(real, x, 0) for x in (q, k, v))
@@ -69,9 +74,9 @@ def attention(
         if impl == "blockwise":
             out = blockwise(q, k, v, segments, softcap=softcap, **common)
         elif impl == "splash":
-            out = splash(q, k, v, segments, softcap=softcap, interpret=device.platform == "cpu", **common)
+            out = splash(q, k, v, segments, softcap=softcap, interpret=platform == "cpu", **common)
         elif impl == "cudnn":
-            if missing := _cudnn_misses(device, q, softcap, max_segments):
+            if missing := _cudnn_misses(platform, q, softcap, max_segments):
                 raise ValueError(f"attention impl 'cudnn' {missing}; use 'auto'")
             out = cudnn(q, k, v, segments, max_segments=max_segments, **common)
         else:
@@ -84,21 +89,23 @@ def attention(
     return _dense(q, jnp.where(seen, k, 0), jnp.where(seen, v, 0), visible, softcap, scale)
 
 
-def _quickest(device: jax.Device, q: Array, softcap: float | None, max_segments: int | None) -> Impl:
-    """What "auto" is for packed rows on this device."""
-    if device.platform == "tpu":
+def _quickest(platform: str, q: Array, softcap: float | None, max_segments: int | None) -> Impl:
+    """What "auto" is for packed rows that are whole."""
+    if platform == "tpu":
         return "splash"
-    if device.platform == "gpu" and _cudnn_misses(device, q, softcap, max_segments) is None:
+    if _cudnn_misses(platform, q, softcap, max_segments) is None:
         return "cudnn"
-    return "blockwise" if device.platform == "cpu" and q.shape[1] >= BLOCKWISE_FROM else "xla"
+    return "blockwise" if platform == "cpu" and q.shape[1] >= BLOCKWISE_FROM else "xla"
 
 
-def _cudnn_misses(device: jax.Device, q: Array, softcap: float | None, max_segments: int | None) -> str | None:
+def _cudnn_misses(platform: str, q: Array, softcap: float | None, max_segments: int | None) -> str | None:
     """What keeps cuDNN from packed rows here, None where nothing does."""
-    if device.platform != "gpu" or jax.default_backend() != "gpu":  # a described GPU has no cuDNN to ask either
+    if platform != "gpu" or jax.default_backend() != "gpu":  # a described GPU has no cuDNN to ask either
         return "needs an NVIDIA GPU"
-    if float(device.compute_capability) < 9:
-        return f"needs compute capability 9.0 for packed rows, this GPU has {device.compute_capability}"
+    capability = str(jax.local_devices()[0].compute_capability)
+    generation = capability.partition(".")[0]
+    if not generation.isdigit() or int(generation) < 9:
+        return f"needs compute capability 9.0 for packed rows, this GPU has {capability}"
     if q.dtype not in (jnp.bfloat16, jnp.float16):
         return f"needs bf16 or fp16, got {q.dtype} (model.compute_dtype)"
     if q.shape[3] % 8 or q.shape[3] > 256:

@@ -84,8 +84,9 @@ def token_stats(
     mask: Array | None = None,
     mesh: Mesh | None = None,
     specs: tuple[PartitionSpec, PartitionSpec, PartitionSpec] | None = None,
+    platform: str | None = None,
 ) -> TokenStats:
-    """What token_logprobs returns and more, see TokenStats."""
+    """What token_logprobs returns and more, see TokenStats. platform: what the program is for; None: jax's own."""
     hidden, head, targets, mask = jax.tree.map(jnp.asarray, (hidden, head, targets, mask))
     if hidden.ndim < 1 or head.ndim != 2 or hidden.shape[-1] != head.shape[1]:
         raise ValueError(f"hidden [..., D] and head [V, D] do not fit: {hidden.shape} and {head.shape}")
@@ -101,8 +102,7 @@ def token_stats(
         raise ValueError(f"softcap must be positive or None, got {softcap}")
     if tile is not None and tile < 1:
         raise ValueError(f"tile must be positive, got {tile}")
-    platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
-    wide = platform != "cpu"
+    wide = (platform or jax.default_backend()) != "cpu"
     columns, chunk = (shard.WIDE_TILE, shard.WIDE_CHUNK_BYTES) if wide else (shard.TILE, shard.CHUNK_BYTES)
     plan = Plan(tile or columns, chunk, softcap, head.shape[0])
     if mesh is not None and mesh.size > 1:

@@ -70,7 +70,9 @@ def test_text(row, want):
 
 def test_several_turns_are_all_trained_and_what_a_row_tells_is_kept(task):
     chosen = [says("one"), user("more"), says("two")]
-    unit = task({"prompt": [user("hi")], "chosen": chosen, "rejected": [says("x")], "margin": 2, "agreement": 0.75}, "f:1")
+    unit = task(
+        {"prompt": [user("hi")], "chosen": chosen, "rejected": [says("x")], "margin": 2, "agreement": 0.75}, "f:1"
+    )
     assert texts(task, unit)[0][1] == "one<|im_end|>two<|im_end|>"
     assert unit[0].extra == {"margin": 2.0, "agreement": 0.75}
 
@@ -78,7 +80,10 @@ def test_several_turns_are_all_trained_and_what_a_row_tells_is_kept(task):
 BAD = {
     "no rejected": ({"prompt": "a", "chosen": "b"}, "field 'rejected': missing, found prompt, chosen"),
     "same": ({"prompt": "a", "chosen": "b", "rejected": "b"}, "chosen and rejected are the same"),
-    "same chats": ({"chosen": [user("a"), says("b")], "rejected": [user("a"), says("b")]}, "chosen and rejected are the"),
+    "same chats": (
+        {"chosen": [user("a"), says("b")], "rejected": [user("a"), says("b")]},
+        "chosen and rejected are the",
+    ),
     "empty": ({"prompt": "a", "chosen": " ", "rejected": "b"}, "field 'chosen': an empty completion"),
     "empty reply": (
         {"prompt": [user("a")], "chosen": [says("b")], "rejected": [says("")]},

@@ -1,6 +1,7 @@
 """Batches of the global stream: each example once an epoch, any position restored exactly, any number of hosts."""
 
 import collections
+import dataclasses
 import json
 import os
 import subprocess
@@ -426,3 +427,14 @@ def test_the_most_segments_of_a_row_follow_from_the_data(tmp_path):
         assert max(int(next(source).segments.max()) for _ in range(3)) <= found[name]
     assert found == {"long": 8, "short": 32}  # 32 is as many as the bound of 512 / 16 allows
     assert open_(DataConfig(path=str(path), batch_size=4, seq_len=512, max_segments=9)).config.max_segments == 9
+
+
+def test_a_longer_end_of_the_file_counts_too(tmp_path):
+    """Unshuffled, long rows first: S follows from rows all over the file. One unit a row needs one segment."""
+    path = tmp_path / "mixed.jsonl"
+    lengths = [505] * 2000 + [12] * 6000
+    path.write_text("".join(json.dumps({"text": "x" * n}) + "\n" for n in lengths))
+    plain = DataConfig(path=str(path), batch_size=4, seq_len=512, shuffle=False)
+    assert open_(plain).config.max_segments == 32
+    assert open_(dataclasses.replace(plain, packing="none")).config.max_segments == 1
+    assert open_(dataclasses.replace(plain, seq_len=1600)).config.max_segments <= 100  # never above the bound

@@ -201,3 +201,17 @@ def test_the_held_out_loss_does_not_depend_on_the_batch_size(tmp_path, normalise
         run(config)
         found.append(tiny.metric(config.run_dir, "eval/loss")[0])
     assert found[0] == pytest.approx(found[1], rel=1e-6)
+
+
+def test_a_run_that_goes_on_keeps_its_rows(tmp_path):
+    """data.max_segments followed from the data at the start; the checkpoint remembers it, whatever data say later."""
+    sections = {"data": {"batch_size": 2, "seq_len": 512}, "mesh": {"data": 1}, "loop": {"steps": 2, "save_every": 1}}
+    first = tiny.load(tmp_path, **sections)
+    run(first)
+    saved = Checkpointer(first.run_dir).source_state(2)["fingerprint"]["data.max_segments"]
+    assert saved > 8  # short rows
+    longer = [{"messages": [{"role": r, "content": 20 * "long "} for r in ("user", "assistant")]} for _ in range(400)]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in longer))
+    longer_run = config.load(tmp_path / "config.yaml", ["loop.steps=3"]).config
+    run(longer_run, allow_changed=("data.train", "loop.steps"))
+    assert Checkpointer(longer_run.run_dir).source_state(3)["fingerprint"]["data.max_segments"] == saved

@@ -97,6 +97,32 @@ def test_rows_of_a_process_need_not_be_neighbours(tmp_path):
 
 
 @pytest.mark.slow
+def test_two_processes_start_from_an_adapter(tmp_path):
+    """lora.source, with DoRA and Muon: one process makes the adapter, two go on with it as one does."""
+    import jax
+
+    from jaxpost import config, export, train
+
+    adapter = {"rank": 4, "alpha": 8.0, "targets": ["q", "down"], "dora": True}
+    first = tiny.load(tmp_path / "first", lora=adapter, loop={"steps": 2, "save_every": 0}, mesh={"data": 1})
+    train.run(first, devices=jax.devices()[:1])
+    source = str(export.export(first.run_dir, "peft"))
+    sections = {
+        "lora": {"source": source},
+        "loop": {"steps": 4, "save_every": 2},
+        "optim": {"name": "muon", "learning_rate": 0.02},
+        "mesh": {"data": 1, "fsdp": 2},
+    }
+    alone = config.load(tiny.write_config(tmp_path / "one", **sections)).config
+    train.run(alone, devices=jax.devices()[:2])
+    run_both(tiny.write_config(tmp_path / "two", **sections))
+    for name in ("loss", "grad_norm", "eval/loss"):
+        ours, theirs = tiny.metric(tmp_path / "two/run", name), tiny.metric(alone.run_dir, name)
+        np.testing.assert_allclose(ours, theirs, rtol=2e-5)
+    assert tiny.metric(alone.run_dir, "loss")[0] != tiny.metric(first.run_dir, "loss")[0]  # it begins with the adapter
+
+
+@pytest.mark.slow
 def test_a_stop_signal_to_one_process_saves_and_ends_both_at_one_step(tmp_path):
     file = tiny.write_config(tmp_path, mesh={"data": 2}, loop={"steps": 100_000, "save_every": 0})
     address = f"localhost:{free_port()}"

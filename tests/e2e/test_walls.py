@@ -13,6 +13,7 @@ METHOD = '''
 from typing import Literal
 import jax.numpy as jnp
 from pydantic.dataclasses import dataclass
+from jaxpost.algos.base import SlowRule
 from jaxpost.algos.sft import SFT
 from jaxpost.fields import SECTION
 from jaxpost.types import weighted_mean
@@ -21,6 +22,7 @@ from jaxpost.types import weighted_mean
 class Walls(SFT):
     """Loss over the distance to the base, and a running mean of the batch's trained tokens."""
     name: Literal["walls"] = "walls"
+    slow = {"policy": SlowRule("policy", every=2)}
 
     def scalars(self):
         return {"running": jnp.zeros(())}
@@ -57,7 +59,9 @@ def train(config, *words: str) -> str:
 
 
 def test_a_method_with_columns_and_scalars_trains_evaluates_and_resumes(tmp_path):
+    from jaxpost import export
     from jaxpost.checkpoint import Checkpointer
+    from jaxpost.errors import CheckpointError
 
     sections = {"algorithm": {"name": "walls"}, "lora": {"rank": 2}, "loop": {"steps": 4, "eval_first": True}}
     whole = tiny.write_config(tmp_path / "whole", **sections)
@@ -74,6 +78,11 @@ def test_a_method_with_columns_and_scalars_trains_evaluates_and_resumes(tmp_path
     assert "scalars.running" in found[0].leaves(4)
     trees = [json.loads((c.folder / "4" / "tree.json").read_text()) for c in found]
     assert trees[0] == trees[1]
+
+    # its moving copy of the policy is saved, and is no average
+    assert any(name.startswith("slow.policy.") for name in found[0].leaves(4))
+    with pytest.raises(CheckpointError, match="keeps no averaged weights"):
+        export.export(tmp_path / "whole/run", weights="ema")
 
     # the run is sampled from, also by those who do not know the method; a raw prompt is not a chat turn
     asked = []

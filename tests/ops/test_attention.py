@@ -243,3 +243,20 @@ def test_cudnn_is_refused_with_the_reason_and_never_chosen_on_a_cpu():
     q, k, v, _ = example(*segments.shape)
     with pytest.raises(ValueError, match="'cudnn' needs an NVIDIA GPU; use 'auto'"):
         attention(q, k, v, segments=segments, scale=0.3, impl="cudnn", max_segments=4)
+
+
+def test_kernels_on_a_mesh_and_whole_rows_over_a_context_axis():
+    """Splash under shard_map equals the plain form; over a context axis "auto" keeps that, which splits queries."""
+    segments = segments_of([[30, 70, 28], [100]], length=128)
+    args = example(*segments.shape, heads=4, kv_heads=2)
+    want = value_and_grads("xla", *args, segments=segments)
+    mesh = jax.make_mesh((2, 2), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[:4])
+    assert_close(value_and_grads("splash", *args, segments=segments, mesh=mesh), want, 1e-5)
+    mesh = jax.make_mesh((2,), ("context",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
+    q, k, v, _ = example(1, 512)
+    whole = np.ones((1, 512), np.int32)
+    loops = {}
+    for axis, where in (("context", mesh), ("none", None)):
+        program = jax.jit(lambda q, k, v, where=where: attention(q, k, v, segments=whole, scale=0.3, mesh=where))
+        loops[axis] = program.lower(q, k, v).as_text().count("stablehlo.while")
+    assert loops["context"] == 0 < loops["none"]

@@ -47,6 +47,7 @@ class Case:
     adapters: lora.LoraConfig | None = None
     same_as: Algorithm | None = None  # a zero-strength knob: this algorithm must give exactly the same
     trains_prompts: bool = False  # targets outside the mask count, too: those of the chosen sides
+    tolerance: float = 2e-6  # of gradients, see assert_same
 
 
 CASES: dict[type[Algorithm], Callable[[], list[Case]]] = {}
@@ -99,6 +100,9 @@ def _sft() -> list[Case]:
     return [
         Case("sft", SFT(), units),
         Case("sft-lora", SFT(), units, lora.LoraConfig(rank=4)),
+        # Two scans (models/stacks.py). Without the larger gradients of layer 0 the same rounding is a greater share of
+        # a leaf: 2.9e-6 was seen with one scan as well.
+        Case("sft-lora-upper", SFT(), units, lora.LoraConfig(rank=4, layers="1:"), tolerance=4e-6),
         Case("sft-dft", SFT(kind="dft"), units),
         Case("sft-sequence-z", SFT(normalise="sequence", z_loss=0.01), units),
         Case("sft-sequence-of-one", SFT(normalise="sequence"), one, same_as=SFT()),
@@ -209,20 +213,21 @@ class Run:
         micro_batches: int = 1,
         policy: type[Policy] = Policy,
         tx: optax.GradientTransformation = KEEP_GRADIENT,
+        spec: DecoderSpec = SPEC,
     ):
         self.devices = math.prod((mesh or {}).values())
         grid = make_mesh(MeshConfig(**{"data": 1} | (mesh or {})), jax.devices()[: self.devices])
         self.rules = rules_for(
-            grid, num_heads=SPEC.num_heads, num_kv_heads=SPEC.num_kv_heads, d_model=SPEC.d_model, d_ff=SPEC.d_ff,
-            vocab_size=SPEC.vocab_size,
+            grid, num_heads=spec.num_heads, num_kv_heads=spec.num_kv_heads, d_model=spec.d_model, d_ff=spec.d_ff,
+            vocab_size=spec.vocab_size,
         )  # fmt: skip
         options = Options(rules=self.rules if self.devices > 1 else None)
-        apply = policy(SPEC, options, case.adapters)
-        infos = abstract_params(SPEC)
+        apply = policy(spec, options, case.adapters)
+        infos = abstract_params(spec)
         base = self._place(init_params(infos, jax.random.key(0)), infos)
         self.params, self.frozen = {"policy": base}, {}
         if case.adapters is not None:
-            infos = lora.abstract_adapters(case.adapters, SPEC)
+            infos = lora.abstract_adapters(case.adapters, spec)
             adapters = init_params(infos, jax.random.key(1))
             moved = jax.tree.map(
                 lambda x: x + 0.05 * jnp.cos(jnp.arange(x.size, dtype=x.dtype)).reshape(x.shape), adapters

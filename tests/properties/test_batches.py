@@ -18,13 +18,12 @@ def test_layout_changes_nothing(case):
     assert (batch.segments.max(axis=1) > 1).any() and (batch.segments == 0).any()
     run = Run(case)
     want = run(batch)
-    assert_same(run(unpacked(case.units)), want)
-    assert_same(run(shuffled(batch)), want)
-    assert_same(run(packed(case.units[::-1])), want)
-    assert_same(run(packed(case.units, width=2 * harness.WIDTH)), want)
-    if not case.algorithm.whole_batch:
-        assert_same(Run(case, micro_batches=4)(batch), want, 4e-6)  # every leaf is rounded four times more
-    assert_same(Run(case, policy=SpoiltPolicy)(spoilt(batch, case.trains_prompts)), want)
+    wider = packed(case.units, width=2 * harness.WIDTH)
+    for other in (unpacked(case.units), shuffled(batch), packed(case.units[::-1]), wider):
+        assert_same(run(other), want, case.tolerance)
+    if not case.algorithm.whole_batch:  # every leaf is rounded four times more
+        assert_same(Run(case, micro_batches=4)(batch), want, 2 * case.tolerance)
+    assert_same(Run(case, policy=SpoiltPolicy)(spoilt(batch, case.trains_prompts)), want, case.tolerance)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -34,7 +33,7 @@ def test_without_jit(case):
     run = Run(case)
     want = run(batch)
     with jax.disable_jit():
-        assert_same(run(batch), want)
+        assert_same(run(batch), want, case.tolerance)
 
 
 @pytest.mark.parametrize("case", ZERO_KNOBS, ids=lambda case: case.name)

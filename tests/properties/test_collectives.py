@@ -4,23 +4,25 @@ Read from the program that XLA compiled for eight CPU devices. This backend all-
 reduces the input gradients of projections that share an input one by one.
 """
 
+import dataclasses
+
 import pytest
 
 from jaxpost import hlo
-from jaxpost.models.spec import abstract_params
-from tests.properties.harness import ROWS, SPEC, WIDTH, Run, all_cases, packed
+from jaxpost.models.spec import DecoderSpec, abstract_params
+from tests.properties.harness import ROWS, SPEC, WIDTH, Case, Run, all_cases, packed
 
-CASE = all_cases()[0]
-L, D = SPEC.num_layers, SPEC.d_model
+FULL, LORA = all_cases()[:2]
+D = SPEC.d_model
 MATRICES = 4 * (4 * D * D + 3 * D * SPEC.d_ff)  # bytes of one layer's: all heads have D = H * hd here
 NORMS = 4 * 2 * D
 TABLES = 4 * 2 * SPEC.vocab_size * D  # embedding and head
 SMALL = 64  # bytes: scalars, counts
 
 
-def moved(**mesh: int) -> dict[str, list[hlo.Collective]]:
+def moved(case: Case = FULL, spec: DecoderSpec = SPEC, **mesh: int) -> dict[str, list[hlo.Collective]]:
     """Collectives of a step by place: "layers" (in the scans) and "once"."""
-    text = Run(CASE, {"data": 1} | mesh).compiled_text(packed(CASE.units))
+    text = Run(case, {"data": 1} | mesh, spec=spec).compiled_text(packed(case.units))
     assert abstract_params(SPEC).keys() == {"embed", "prefix", "blocks", "tail", "final_norm", "head"}
     found = [one for one in hlo.collectives(text) if one.bytes > SMALL]
     assert all(one.loops <= 1 for one in found)  # nothing moves in the loops of the head or of attention
@@ -47,6 +49,20 @@ def test_fsdp_each_layer_gathered_forward_and_backward_and_every_gradient_once()
     rows = 4 * WIDTH * D  # embeddings of one device's tokens
     assert total(found["once"], "all-to-all") <= 2 * rows  # to and from the columns of the embedding
     assert total(found["once"], "all-reduce", "reduce-scatter") <= head // 8 + 4 * D + SMALL
+
+
+def test_fsdp_two_scans_gather_one_layer_at_a_time_and_the_lower_one_forward_only():
+    """The stack is read by row inside both loops (models/stacks.py): no gather of all of it is taken out of them."""
+    config = dataclasses.replace(LORA.adapters, layers="2:")
+    four = dataclasses.replace(SPEC, num_layers=4)  # a loop that turns once would be no loop
+    found, rank = moved(dataclasses.replace(LORA, adapters=config), four, fsdp=8), config.rank
+    halves = 4 * 7 * rank * D  # bytes of what fsdp splits of a layer's seven pairs: one half of each
+    pairs = 4 * rank * (11 * D + 3 * SPEC.d_ff)
+    assert total(found["layers"], "all-gather") == MATRICES + 2 * (MATRICES + halves)
+    assert total(found["layers"], "all-reduce", "reduce-scatter") == pairs
+    assert total(found["once"], "all-gather") <= TABLES // 2 + 4 * ROWS * WIDTH  # the head, and token ids
+    sizes = [size for one in found["layers"] if one.kind == "all-gather" for size in one.sizes]
+    assert max(sizes) == 4 * D * SPEC.d_ff  # one matrix of one layer
 
 
 def test_tensor_activations_only():

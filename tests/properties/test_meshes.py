@@ -16,14 +16,18 @@ SLOW += [{"data": 2, "fsdp": 2, "context": 2}, {"data": 4, "tensor": 2}, {"data"
 CASES = [case for case in all_cases() if case.same_as is None]
 
 
-def check(case, meshes, tolerance: float = 2e-6) -> None:
+def check(case, meshes, share: float = 1.0) -> None:
     batch = packed(case.units)
     want = Run(case)(batch)
     for mesh in meshes:
-        assert_same(Run(case, mesh)(batch), want, tolerance)
+        assert_same(Run(case, mesh)(batch), want, share * case.tolerance)
 
 
-@pytest.mark.parametrize(("case", "meshes"), [(CASES[0], QUICK), (CASES[1], TOGETHER[:1])], ids=["full", "lora"])
+@pytest.mark.parametrize(
+    ("case", "meshes"),
+    [(CASES[0], QUICK), (CASES[1], TOGETHER[:1]), (CASES[2], TOGETHER[2:])],
+    ids=["full", "lora", "lora-upper"],
+)
 def test_eight_devices(case, meshes):
     check(case, meshes)
 
@@ -32,4 +36,4 @@ def test_eight_devices(case, meshes):
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_every_mesh(case):
     # The worst leaf of 18 meshes, four cases and two jax versions: rounding alone reaches 2.3e-6.
-    check(case, QUICK + SLOW, 3e-6)
+    check(case, QUICK + SLOW, 1.5)
