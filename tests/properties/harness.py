@@ -66,6 +66,11 @@ def all_cases() -> list[Case]:
     return [case for cls in found for case in CASES[cls]()]
 
 
+def case_named(name: str) -> Case:
+    """One of all_cases."""
+    return next(case for case in all_cases() if case.name == name)
+
+
 def examples(count: int, seed: int = 0, prompt: tuple[int, int] = (2, 8), answer: tuple[int, int] = (1, 16)) -> tuple:
     """Units of one example each: a prompt that is not trained and an answer that is."""
     rng = np.random.default_rng(seed)

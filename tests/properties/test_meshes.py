@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.properties.harness import Run, all_cases, assert_same, packed
+from tests.properties.harness import Run, all_cases, assert_same, case_named, packed
 
 AXES = ("data", "fsdp", "tensor", "context")
 TOGETHER = [
@@ -23,13 +23,12 @@ def check(case, meshes, share: float = 1.0) -> None:
         assert_same(Run(case, mesh)(batch), want, share * case.tolerance)
 
 
-@pytest.mark.parametrize(
-    ("case", "meshes"),
-    [(CASES[0], QUICK), (CASES[1], TOGETHER[:1]), (CASES[2], TOGETHER[2:])],
-    ids=["full", "lora", "lora-upper"],
-)
-def test_eight_devices(case, meshes):
-    check(case, meshes)
+ONCE = {"sft": QUICK, "sft-lora": TOGETHER[:1], "sft-lora-upper": TOGETHER[2:], "dpo": TOGETHER, "orpo": TOGETHER[1:2]}
+
+
+@pytest.mark.parametrize("name", ONCE)
+def test_eight_devices(name):
+    check(case_named(name), ONCE[name])
 
 
 @pytest.mark.slow
