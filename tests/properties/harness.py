@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
 from jaxpost import lora
 from jaxpost.algos.base import Algorithm, registry
@@ -48,6 +49,7 @@ class Case:
     same_as: Algorithm | None = None  # a zero-strength knob: this algorithm must give exactly the same
     trains_prompts: bool = False  # targets outside the mask count, too: those of the chosen sides
     tolerance: float = 2e-6  # of gradients, see assert_same
+    slow: bool = False  # not in CI
 
 
 CASES: dict[type[Algorithm], Callable[[], list[Case]]] = {}
@@ -64,6 +66,12 @@ def all_cases() -> list[Case]:
     if missing := [cls.__name__ for cls in found if cls not in CASES]:
         raise AssertionError(f"tests/properties/harness.py has no cases for {', '.join(missing)}: add @cases_of")
     return [case for cls in found for case in CASES[cls]()]
+
+
+def parameters(knobs: bool = False) -> list:
+    """pytest's parameters: the cases, or those of zero-strength knobs."""
+    chosen = [case for case in all_cases() if (case.same_as is not None) == knobs]
+    return [pytest.param(case, id=case.name, marks=[pytest.mark.slow] if case.slow else []) for case in chosen]
 
 
 def case_named(name: str) -> Case:
@@ -120,10 +128,10 @@ def _dpo() -> list[Case]:
     units = pairs(ROWS)
     return [
         Case("dpo", DPO(), units),
-        Case("dpo-lora", DPO(), units, lora.LoraConfig(rank=4)),
-        Case("dpo-ipo", DPO(kind="ipo"), units),
+        Case("dpo-lora", DPO(), units, lora.LoraConfig(rank=4), slow=True),
+        Case("dpo-ipo", DPO(kind="ipo"), units, slow=True),
         Case("dpo-sft-ld", DPO(kind=(("sigmoid", 1.0), ("sft", 0.5)), ld_alpha=0.5), units),
-        Case("dpo-aot", DPO(kind="aot"), units),
+        Case("dpo-aot", DPO(kind="aot"), units, slow=True),
         Case("dpo-robust-0", DPO(kind="robust"), units, same_as=DPO()),
         Case("dpo-sft-0", DPO(kind=(("sigmoid", 1.0), ("sft", 0.0))), units, same_as=DPO()),
     ]
@@ -133,7 +141,7 @@ def _dpo() -> list[Case]:
 def _simpo() -> list[Case]:
     return [
         Case("simpo", SimPO(), pairs(ROWS)),
-        Case("simpo-alpha-nll", SimPO(alpha=0.1, nll_coefficient=0.5), pairs(8)),
+        Case("simpo-alpha-nll", SimPO(alpha=0.1, nll_coefficient=0.5), pairs(ROWS), slow=True),
     ]
 
 
@@ -146,7 +154,7 @@ def _cpo() -> list[Case]:
 def _orpo() -> list[Case]:
     return [
         Case("orpo", ORPO(), pairs(ROWS), trains_prompts=True),
-        Case("orpo-completion", ORPO(nll_over="completion"), pairs(ROWS)),
+        Case("orpo-completion", ORPO(nll_over="completion"), pairs(ROWS), slow=True),
     ]
 
 
