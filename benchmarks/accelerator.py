@@ -48,8 +48,11 @@ def timed(call, steps: int, ready) -> float:
     return statistics.median(times[2:])
 
 
-def attention_case(shape: str, kind: str, impl: str, steps: int) -> dict:
-    """Value and gradient of one layer's attention in bf16; its error against the plain form in fp32."""
+def attention_case(shape: str, kind: str, impl: str, places: int, steps: int) -> dict:
+    """Value and gradient of one layer's attention in bf16; its error against the plain form in fp32.
+
+    places: segments that a row may hold; 0: as many as it does.
+    """
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -60,6 +63,7 @@ def attention_case(shape: str, kind: str, impl: str, steps: int) -> dict:
     rows, length = BATCHES[shape]
     segments, most = packed(rows, length) if kind == "packed" else (np.ones((rows, length), np.int32), 1)
     segments[-1, -37:] = 0  # padding
+    most = places or most
     keys = jax.random.split(jax.random.key(0), 4)
     q, k, v, g = (
         jax.random.normal(key, (rows, length, n, width), jnp.bfloat16)
@@ -228,13 +232,19 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--attention", default="auto,xla")
     parser.add_argument("--remat", default="dots")
+    parser.add_argument("--places", default="0", help="segments that a row may hold; 0: as many as it does")
     parser.add_argument("--case", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.case:
         return run_case(*json.loads(args.case))
     kinds, impls, remats = ("packed", "one segment"), args.attention.split(","), args.remat.split(",")
+    places = [int(number) for number in args.places.split(",")]
     tables = {
-        "attention": ("Attention of one layer, value and gradient, bf16", ("rows hold", "attention"), (kinds, impls)),
+        "attention": (
+            "Attention of one layer, value and gradient, bf16",
+            ("rows hold", "attention", "places"),
+            (kinds, impls, places),
+        ),
         "step": ("Whole step, bf16", ("rows hold", "attention", "remat"), (kinds, impls, remats)),
         "torch": ("torch, one segment a row, bf16 autocast", ("torch.compile",), ((False, True),)),
     }

@@ -1,6 +1,6 @@
 """Runs every benchmark and writes docs/performance.md:
 
-    python benchmarks/run.py [--only gemm,full,overhead,parts,lora,packed,small,ops,startup] [--rounds 4]
+    python benchmarks/run.py [--only gemm,full,overhead,parts,lora,packed,small,ops,startup,compile] [--rounds 4]
 
 What --only leaves out keeps the figures of its last run, each with its date and load, from benchmarks/measured.json.
 About 20 minutes on 2 quiet cores. Peers and data that are missing are said in the page; see train.py.
@@ -26,6 +26,7 @@ MEASURED, PAGE = ROOT / "benchmarks" / "measured.json", ROOT / "docs" / "perform
 TEMPLATE = ROOT / "benchmarks" / "performance.md.in"
 OURS, PEERS = ("jax", "jaxlib", "flax", "optax"), ("torch", "transformers", "trl", "peft")
 SCRIPTS = {"ops": ["ops.py", "--repeats", "4"], "startup": ["startup.py"]}
+SCRIPTS["compile"] = ["compile_time.py", "--repeats", "3", "--plot", "docs/img/compile_time.png"]
 
 
 def machine() -> str:

@@ -22,7 +22,7 @@ from jaxpost.sharding import Rules
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """How to compute, as opposed to what: none of these changes a result beyond rounding."""
+    """How to compute, as opposed to what: results change by rounding alone, of rows within max_segments."""
 
     dtype: Any = jnp.float32  # of activations and matrix products
     remat: Literal["none", "full", "dots"] = "none"  # what the backward pass recomputes
