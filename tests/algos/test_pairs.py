@@ -1,8 +1,6 @@
 """Methods over pairs, as real runs: where the loss starts, what learns, what is copied, what comes back after a cut."""
 
-import json
 import pathlib
-import random
 import shutil
 
 import jax
@@ -17,22 +15,11 @@ from tests import tiny
 METHODS = {"dpo": {}, "simpo": {}, "cpo": {}, "orpo": {}}
 
 
-def pairs(count, seed, swapped=False):
-    """Capital letters are preferred to the word turned round."""
-    rng = random.Random(seed)
-    for _ in range(count):
-        word = "".join(rng.choice("abcdefgh") for _ in range(rng.randrange(2, 7)))
-        sides = [{"role": "assistant", "content": word.upper()}, {"role": "assistant", "content": word[::-1] + "."}]
-        chosen, rejected = sides[::-1] if swapped else sides
-        yield {"prompt": [{"role": "user", "content": word}], "chosen": [chosen], "rejected": [rejected]}
-
-
 def load(folder, method, overrides=(), *, swapped=False, **sections):
     given = {"algorithm": {"name": method}, "data": {"batch_size": 8, "seq_len": 96}}
     file = tiny.write_config(folder, **given | {"mesh": {"data": 1}, "optim": {"learning_rate": 2e-3}} | sections)
     for name, count, seed in (("train", 160, 1), ("heldout", 24, 2)):
-        rows = pairs(count, seed, swapped)
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        tiny.write_rows(folder / f"{name}.jsonl", count, seed, tiny.pairs, swapped=swapped)
     return config.load(file, list(overrides)).config
 
 

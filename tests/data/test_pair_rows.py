@@ -6,6 +6,7 @@ import pytest
 from jaxpost.data import kinds
 from jaxpost.data.pack import pack_rows
 from jaxpost.data.pairs import split_pair
+from jaxpost.data.prompts import question_of
 from jaxpost.errors import ConfigError, DataError
 from tests import tiny
 
@@ -132,3 +133,13 @@ def test_kinds_and_names_that_do_not_belong(tmp_path):
         kinds.make_task("examples", "pair", str(tmp_path))
     with pytest.raises(ConfigError, match="columns.messages: a pair has no such field, only prompt, chosen"):
         kinds.make_task("pairs", "auto", str(tmp_path), columns={"messages": "m"})
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_the_question_of_a_pair(told):
+    row = {"chosen": [user("hi"), says("yes")], "rejected": [user("hi"), says("no!")]}
+    if told:
+        row = {"prompt": [user("hi")], "chosen": [says("yes")], "rejected": [says("no!")]}
+    question = question_of(row, "f:1")
+    assert question.prompt == [user("hi")] and question.answer == "yes"
+    assert question_of({"chosen": "2+2= 4", "rejected": "2+2= 5"}, "f:1").answer == " 4"
