@@ -25,11 +25,13 @@ from jaxpost.algos.base import Algorithm
 from jaxpost.build import check_needs, make_program
 from jaxpost.build_model import adopt_adapters, lay_out, structs
 from jaxpost.config import Config, Loaded
+from jaxpost.data.feed import column_shardings
+from jaxpost.data.kinds import COLUMNS
 from jaxpost.data.pack import pack_rows
 from jaxpost.errors import ConfigError
 from jaxpost.models.loading import locate
 from jaxpost.models.spec import abstract_params
-from jaxpost.sharding import Rules, batch_sharding, check_divides
+from jaxpost.sharding import Rules, check_divides
 from jaxpost.types import Batch, TrainState
 
 GIB = 2**30
@@ -118,11 +120,15 @@ def abstract_job(config: Config, devices: list) -> AbstractJob:
     check_divides(config.data.batch_size, config.loop.micro_batches, config.data.widths, rules)
     base = abstract_params(spec, config.model.param_dtype)
     frozen = {} if config.lora is None else {"policy": structs(base, rules)}
+    if "ref" in config.algorithm.needs and not frozen:
+        frozen["ref"] = structs(base, rules)
     infos = base if config.lora is None else lora.abstract_adapters(config.lora, spec)
     check_needs(config.algorithm, frozen)
     steps = config.loop.steps or config.optim.warmup_steps + config.optim.decay_steps + 1  # only a constant in it
     program = make_program(config, policy, rules, {"policy": structs(infos, rules)}, steps)
-    batch = _placed(pack_rows([[]] * config.data.batch_size, max(config.data.widths)), rules)
+    columns, most = COLUMNS[config.algorithm.rows], config.data.segments_per_row
+    batch = pack_rows([[]] * config.data.batch_size, max(config.data.widths), columns, most)
+    batch = _placed(batch, rules)
     if type(config.algorithm).annotate is not Algorithm.annotate:
         annotate = lambda frozen, batch: config.algorithm.annotate(policy, frozen, batch)
         batch = _placed(jax.eval_shape(annotate, frozen, batch), rules)
@@ -131,7 +137,8 @@ def abstract_job(config: Config, devices: list) -> AbstractJob:
 
 def _placed(batch: Batch, rules: Rules) -> Batch:
     """Shapes of a batch's columns, laid out as the feed does."""
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=batch_sharding(rules, x.ndim)), batch)
+    place = lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+    return jax.tree.map(place, batch, column_shardings(batch, rules))
 
 
 @dataclasses.dataclass(frozen=True)

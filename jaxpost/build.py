@@ -27,7 +27,7 @@ from jaxpost.build_model import (
 )
 from jaxpost.checkpoint import Checkpointer
 from jaxpost.config import Config, Loaded
-from jaxpost.data import tasks
+from jaxpost.data import kinds, tasks
 from jaxpost.data.chat import Tokenizer
 from jaxpost.data.feed import MeshSource, to_mesh
 from jaxpost.data.pipeline import EvalRows, PackedSource
@@ -69,7 +69,7 @@ def build_job(
     def make_task(source: SourceConfig) -> tasks.Task:
         path, loss_on = model.located.tokenizer_path, config.data.loss_on
         options = {"chat_template": model.chat_template, "date": model.tokenizer.date}
-        return tasks.make_task(source.task, path, loss_on, source.columns, **options)
+        return kinds.make_task(algorithm.rows, source.task, path, loss_on, source.columns, **options)
 
     identity = {"model.tokenizer": model.tokenizer.fingerprint}
     rows = PackedSource(
@@ -139,7 +139,8 @@ def build_job(
 
 def check_needs(algorithm: Algorithm, frozen: dict[str, Any]) -> None:
     """ConfigError where an algorithm reads a frozen model that is not there."""
-    if missing := sorted(set(algorithm.needs) - set(frozen)):
+    given = set(frozen) | ({"ref"} if "policy" in frozen else set())  # a base without its adapters is the reference
+    if missing := sorted(set(algorithm.needs) - given):
         raise ConfigError(f"algorithm.name: {algorithm.name} needs a frozen {missing[0]} model; none can be given yet")
 
 
@@ -279,10 +280,12 @@ def _with_saved_segments(config: Config, checkpointer: Checkpointer, step: int |
 def _weights(config: Config, model: Model, begins: bool) -> tuple[dict[str, Any], dict[str, Any]]:
     """(params, frozen) by role. Where a checkpoint holds the trained ones they are shapes only: nothing is loaded."""
     spec, frozen = model.located.spec, {} if config.lora is None else {"policy": load_weights(model)}
+    if "ref" in config.algorithm.needs and not frozen:
+        frozen["ref"] = load_weights(model)
     if not begins:
-        infos = lora.abstract_adapters(config.lora, spec) if frozen else abstract_params(spec, model.param_dtype)
+        infos = lora.abstract_adapters(config.lora, spec) if config.lora else abstract_params(spec, model.param_dtype)
         return {"policy": structs(infos, model.rules)}, frozen
-    return (_adapters(config, model, frozen["policy"]) if frozen else {"policy": load_weights(model)}), frozen
+    return (_adapters(config, model, frozen["policy"]) if config.lora else {"policy": load_weights(model)}), frozen
 
 
 def _adapters(config: Config, model: Model, base: Any) -> dict[str, Any]:

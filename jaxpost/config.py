@@ -91,6 +91,15 @@ class Config:
             raise ValueError("optim.lora_plus_ratio: it is for adapters; give a lora section or leave it out")
         if self.eval.metric is not None and not self.data.eval:
             raise ValueError("eval.metric: it scores answers to the prompts of data.eval, and there is none")
+        if self.algorithm.whole_batch and self.loop.micro_batches > 1:
+            raise ValueError("loop.micro_batches: this algorithm's loss sorts the whole batch, which cannot be split")
+        if self.algorithm.rows == "pairs" and (self.data.max_segments or 2) % 2:
+            raise ValueError("data.max_segments: a pair takes two segments; give an even number")
+        if self.lora is not None and self.lora.source is not None and "ref" in self.algorithm.needs:
+            raise ValueError(
+                "lora.source: the reference would be the base without that adapter; merge it first "
+                "(python -m jaxpost.export --to=hf) and start from the merged model"
+            )
         if self.data.batch_size % self.loop.micro_batches:
             raise ValueError(
                 f"loop.micro_batches: {self.loop.micro_batches} does not divide data.batch_size {self.data.batch_size}"

@@ -138,9 +138,9 @@ def tree_shardings(infos: Any, rules: Rules) -> Any:
     return jax.tree.map(lambda info: rules.sharding(*info.axes), infos, is_leaf=lambda x: hasattr(x, "axes"))
 
 
-def batch_sharding(rules: Rules, ndim: int) -> NamedSharding:
-    """Rows over data and fsdp, positions over context."""
-    return rules.sharding("batch", *(("length",) if ndim > 1 else ()), *(None,) * (ndim - 2))
+def batch_sharding(rules: Rules, ndim: int, whole: bool = False) -> NamedSharding:
+    """Rows over data and fsdp, positions over context; whole: the second dimension is not positions."""
+    return rules.sharding("batch", *((None if whole else "length",) if ndim > 1 else ()), *(None,) * (ndim - 2))
 
 
 def check_divides(rows: int, micro_batches: int, widths: tuple[int, ...], rules: Rules) -> None:

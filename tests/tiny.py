@@ -42,10 +42,21 @@ def rows(count: int, seed: int = 0) -> list[dict]:
     return out
 
 
-def write_rows(file: pathlib.Path, count: int, seed: int = 0) -> pathlib.Path:
-    """rows() as JSON Lines."""
+def pairs(count: int, seed: int = 0, swapped: bool = False) -> list[dict]:
+    """Preferences: a word, and it in capitals rather than turned round. swapped: the other way."""
+    out = []
+    for row in rows(count, seed):
+        asked, answered = row["messages"]
+        turned = answered | {"content": asked["content"][::-1] + "."}
+        chosen, rejected = (turned, answered) if swapped else (answered, turned)
+        out.append({"prompt": [asked], "chosen": [chosen], "rejected": [rejected]})
+    return out
+
+
+def write_rows(file: pathlib.Path, count: int, seed: int = 0, make=rows, **options) -> pathlib.Path:
+    """rows(), or what else makes rows, as JSON Lines."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows(count, seed)))
+    file.write_text("".join(json.dumps(row) + "\n" for row in make(count, seed, **options)))
     return file
 
 

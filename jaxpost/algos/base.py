@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal, Protocol
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from jaxpost.data.kinds import RowKind
 from jaxpost.models.policy import Policy
 from jaxpost.ops.segments import segment_sums
 from jaxpost.types import Array, Batch, Frozen, Mean, Metrics, TrainState
@@ -60,10 +61,12 @@ class SlowRule:
 class Algorithm(abc.ABC):
     """Base of every algorithm; a subclass is a frozen pydantic dataclass with a Literal field `name`."""
 
+    rows: ClassVar[RowKind] = "examples"  # what the data section's rows are to it
     trains: ClassVar[tuple[str, ...]] = ("policy",)
     needs: ClassVar[tuple[str, ...]] = ()  # frozen roles besides a LoRA base
     slow: ClassVar[dict[str, SlowRule]] = {}  # or a property, where the config decides
     stochastic: ClassVar[bool] = False  # the loss draws from its rng; likewise
+    whole_batch: ClassVar[bool] = False  # the loss is no sum over units: micro-batches would change it
     name: str
 
     @abc.abstractmethod

@@ -11,13 +11,14 @@ from typing import Any
 import numpy as np
 
 from jaxpost.data.chat import Tokenizer, load_tokenizer
+from jaxpost.data.kinds import make_task
 from jaxpost.data.options import DataConfig
 from jaxpost.data.order import fold
 from jaxpost.data.pack import Unit, fit_unit, positions_of
 from jaxpost.data.pipeline import build_batch, open_stream, plan_rows, settle_segments
 from jaxpost.data.sources import SourceConfig
 from jaxpost.data.stream import BadRow, Stream
-from jaxpost.data.tasks import Task, make_task
+from jaxpost.data.tasks import Task
 from jaxpost.errors import ConfigError, DataError
 from jaxpost.types import Batch
 from jaxpost.types import Stream as Tag
@@ -59,7 +60,7 @@ def inspect(config: Any, *, rows: int, scan: int, color: bool) -> None:
     tokenizer.check_model(located.spec.vocab_size)
 
     def task(source: SourceConfig) -> Task:
-        return make_task(source.task, path, data.loss_on, source.columns, chat_template=template)
+        return make_task(config.algorithm.rows, source.task, path, data.loss_on, source.columns, chat_template=template)
 
     color = color and "NO_COLOR" not in os.environ and sys.stdout.isatty()
     key = fold(config.seed, Tag.SHUFFLE)
@@ -182,7 +183,7 @@ def first_rows(
     part = units[: config.window]
     lengths = [positions_of(unit) for unit in part]
     for row in plan_rows(config, lengths, [len(unit) for unit in part], filled=0, key=key)[:count]:
-        batch, facts = build_batch([([part[i] for i in row.units], row.width)], slice(None))
+        batch, facts = build_batch([([part[i] for i in row.units], row.width)], slice(None), config.segments_per_row)
         yield batch, facts["example_ids"]
 
 

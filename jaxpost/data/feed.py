@@ -11,15 +11,21 @@ from jaxpost.sharding import Rules, batch_sharding, host_rows
 from jaxpost.types import Batch, TrainState
 
 
+def column_shardings(batch: Batch, rules: Rules) -> Batch:
+    """Where columns lie: rows over data and fsdp, positions over context; those of segments [B,S] are not split."""
+    length = batch.tokens.shape[1]
+    return jax.tree.map(lambda x: batch_sharding(rules, x.ndim, whole=x.ndim > 1 and x.shape[1] != length), batch)
+
+
 def to_mesh(batch: Batch, rules: Rules) -> Batch:
-    """This host's rows of a batch as global arrays, rows over data and fsdp, positions over context."""
+    """This host's rows of a batch as global arrays, laid out as column_shardings says."""
     shards = host_rows(rules.mesh)[1]
 
-    def place(x: Any) -> jax.Array:
+    def place(x: Any, where: jax.sharding.NamedSharding) -> jax.Array:
         shape = (x.shape[0] * shards, *x.shape[1:])  # said, because hosts along context hold whole rows
-        return jax.make_array_from_process_local_data(batch_sharding(rules, x.ndim), x, shape)
+        return jax.make_array_from_process_local_data(where, x, shape)
 
-    return jax.tree.map(place, batch)
+    return jax.tree.map(place, batch, column_shardings(batch, rules))
 
 
 class MeshSource:

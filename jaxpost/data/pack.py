@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
@@ -135,14 +135,17 @@ def fit_unit(unit: Unit, width: int, truncation: Truncation, max_segments: int) 
     return unit, reason
 
 
-def pack_rows(rows: Sequence[Sequence[Unit]], width: int) -> Batch:
+def pack_rows(rows: Sequence[Sequence[Unit]], width: int, columns: Iterable[str] = (), max_segments: int = 0) -> Batch:
     """Columns [len(rows), width] as numpy arrays. A row without units is all padding.
 
-    Padding has token 0, mask False, position 0, segment 0: a real token 0 differs from it by its segment.
+    Padding has token 0, mask False, position 0, segment 0: a real token 0 differs from it by its segment. columns:
+    names of what examples tell beside their tokens (Example.extra), in batch.extra as f32[len(rows), max_segments]:
+    place s is that of segment s + 1, and 0 where there is none.
     """
     shape = (len(rows), width)
     tokens, targets, positions, segments = (np.zeros(shape, np.int32) for _ in range(4))
     mask = np.zeros(shape, bool)
+    extra = {name: np.zeros((len(rows), max_segments), np.float32) for name in columns}
     for b, row in enumerate(rows):
         start = 0
         examples = [example for unit in row for example in unit]
@@ -153,5 +156,7 @@ def pack_rows(rows: Sequence[Sequence[Unit]], width: int) -> Batch:
             mask[b, start:stop] = example.trainable[1:]
             positions[b, start:stop] = np.arange(stop - start)
             segments[b, start:stop] = number
+            for name, values in extra.items():
+                values[b, number - 1] = example.extra[name]
             start = stop
-    return Batch(tokens=tokens, targets=targets, mask=mask, positions=positions, segments=segments)
+    return Batch(tokens=tokens, targets=targets, mask=mask, positions=positions, segments=segments, extra=extra)

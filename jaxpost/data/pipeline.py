@@ -189,7 +189,7 @@ class PackedSource:
                         "counters": dict(counters if last else before),
                     }
                     info = {"epoch": self._progress(epoch, window, (number + 1) / len(rows))}
-                    batch, described = build_batch(pending, self._slice)
+                    batch, described = build_batch(pending, self._slice, config.segments_per_row)
                     yield _Item(batch, info | described | counters, after)
                     pending = []
             before, skip, filled = counters, 0, len(pending)
@@ -249,7 +249,7 @@ class EvalRows:
             raise DataError(f"no held-out example is left: {_counts(counters)}")
 
     def _take(self, rows: list[tuple[list[Unit], int]]) -> Batch:
-        batch, described = build_batch(rows, self._slice)
+        batch, described = build_batch(rows, self._slice, self.config.segments_per_row)
         self.info = described | self.counters
         return batch
 
@@ -346,12 +346,13 @@ def plan_rows(
     return rows if key is None else shuffle_rows(rows, key)
 
 
-def build_batch(rows: Sequence[tuple[list[Unit], int]], part: slice) -> tuple[Batch, dict[str, Any]]:
-    """(this host's rows as columns, description of the whole global batch)."""
+def build_batch(rows: Sequence[tuple[list[Unit], int]], part: slice, max_segments: int) -> tuple[Batch, dict[str, Any]]:
+    """(this host's rows as columns, description of the whole global batch). max_segments: S of its unit columns."""
     width = max(width for _, width in rows)
     used = sum(positions_of(unit) for units, _ in rows for unit in units)
     ids = [example.id for units, _ in rows for unit in units for example in unit]
-    batch = pack_rows([units for units, _ in rows[part]], width)
+    columns = next((unit[0].extra for units, _ in rows for unit in units), ())  # this host's part may be all padding
+    batch = pack_rows([units for units, _ in rows[part]], width, columns, max_segments)
     return batch, {"example_ids": ids, "num_tokens": used, "padding_fraction": 1.0 - used / (width * len(rows))}
 
 

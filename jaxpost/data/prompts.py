@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 from jaxpost.data.chat import Tokenizer
+from jaxpost.data.pairs import split_pair
 from jaxpost.data.tasks import Record, alpaca_messages, check_messages, sharegpt_messages, template_options
 from jaxpost.errors import DataError
 
@@ -32,7 +33,7 @@ class Question:
 
 
 def question_of(record: Record, where: str) -> Question:
-    """The question of a row: prompt (and completion), or a chat without the assistant turn at its end.
+    """The question of a row: prompt (and completion, or the chosen side of a pair), or a chat without its last answer.
 
     Chats are messages, ShareGPT's conversations, or Alpaca's instruction, input and output. Raises DataError.
     """
@@ -45,6 +46,9 @@ def question_of(record: Record, where: str) -> Question:
 
 
 def _split(record: Record) -> tuple[str | list[dict[str, Any]], str | None]:
+    if "chosen" in record and "rejected" in record:
+        prompt, chosen, _ = split_pair(record)
+        return prompt, chosen if isinstance(chosen, str) else _text(chosen[-1])
     if "prompt" in record:
         prompt, completion = record["prompt"], record.get("completion")
         if not isinstance(prompt, str):

@@ -17,7 +17,7 @@ from jaxpost.data.rows import shown_names
 from jaxpost.errors import ConfigError, DataError
 
 Record = Mapping[str, Any]
-TaskName = Literal["auto", "text", "chat", "completion", "sharegpt", "alpaca"]
+TaskName = Literal["auto", "text", "chat", "completion", "sharegpt", "alpaca", "pair"]
 
 # task -> (columns it must find, columns it may find)
 COLUMNS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
@@ -52,6 +52,7 @@ class Example:
     tokens: np.ndarray  # i32[n]
     trainable: np.ndarray  # bool[n]
     id: str  # "file:line": stable over runs, orders and worker counts
+    extra: Mapping[str, float] = dataclasses.field(default_factory=dict)  # what a method's rows tell beside tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,6 +90,8 @@ def make_task(
     date: str | None = None,
 ) -> Task:
     """A picklable task. columns are the fields that the source renames, checked here: ConfigError on unknown names."""
+    if task == "pair":
+        raise ConfigError("task: pair rows are for methods that learn from preferences, not for this algorithm")
     if task != "auto" and task not in COLUMNS:
         raise ConfigError(f"task: {task!r} is unknown, expected auto, {', '.join(COLUMNS)}")
     known = {name for key in COLUMNS if task in ("auto", key) for group in COLUMNS[key] for name in group}

@@ -129,7 +129,7 @@ class Evaluator:
         if total is None:
             return {}
         values = {name: float(mean.value) for name, mean in jax.device_get(total).items()}
-        if "nll" in values:
+        if "nll" in values:  # without what regularises the loss
             values["loss"] = values.pop("nll")
             values["perplexity"] = math.exp(min(values["loss"], 700.0))
         return values

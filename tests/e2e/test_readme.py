@@ -24,12 +24,13 @@ def folder(tmp_path_factory):
     train.run(loaded.config, dump=loaded.dump())
     tiny.write_rows(folder / "my.jsonl", 40)
     tiny.write_rows(folder / "in.jsonl", 3)
+    tiny.write_rows(folder / "pairs.jsonl", 40, make=tiny.pairs)
     return folder
 
 
-def overlay(folder: pathlib.Path) -> list[str]:
+def overlay(folder: pathlib.Path, file: str = "my.jsonl") -> list[str]:
     """What makes a shipped config tiny, without touching what it is about."""
-    rows = f"jsonl:{folder / 'my.jsonl'}"
+    rows = f"jsonl:{folder / file}"
     return [
         f"model.source={tiny.MODEL}", f"model.tokenizer={folder / 'tokenizer'}", f"data.train=[{{source: '{rows}'}}]",
         f"data.eval=[{{source: '{rows}', limit: 4}}]", "eval.tasks=[]", "eval.max_new_tokens=4", "eval.samples=1",
@@ -75,7 +76,9 @@ def test_command(module, words, folder, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("file", sorted(p.name for p in (ROOT / "configs").glob("*.yaml")))
 def test_every_config_trains(file, folder, tmp_path):
-    loaded = config.load(ROOT / "configs" / file, [*overlay(folder), f"run_dir={tmp_path / 'run'}"])
+    kind = config.load(ROOT / "configs" / file, overlay(folder)).config.algorithm.rows
+    rows = {"examples": "my.jsonl", "pairs": "pairs.jsonl"}[kind]
+    loaded = config.load(ROOT / "configs" / file, [*overlay(folder, rows), f"run_dir={tmp_path / 'run'}"])
     state = train.run(loaded.config)
     assert int(state.step) == 2 and len(tiny.metric(tmp_path / "run", "eval/loss")) >= 1
     header = (ROOT / "configs" / file).read_text().split("\n\n")[0]

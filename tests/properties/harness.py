@@ -14,10 +14,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
 from jaxpost import lora
 from jaxpost.algos.base import Algorithm, registry
+from jaxpost.algos.cpo import CPO
+from jaxpost.algos.dpo import DPO
+from jaxpost.algos.orpo import ORPO
 from jaxpost.algos.sft import SFT
+from jaxpost.algos.simpo import SimPO
 from jaxpost.data.feed import to_mesh
 from jaxpost.data.pack import Unit, best_fit_rows, pack_rows, positions_of
 from jaxpost.data.tasks import Example
@@ -30,7 +35,7 @@ from jaxpost.step import init_state, make_step
 from jaxpost.types import Batch
 
 SPEC = DecoderSpec(vocab_size=64, d_model=32, num_layers=3, num_heads=8, num_kv_heads=8, head_dim=4, d_ff=48)
-ROWS, WIDTH = 8, 48
+ROWS, WIDTH, SEGMENTS = 8, 48, 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +47,9 @@ class Case:
     units: tuple[Unit, ...]
     adapters: lora.LoraConfig | None = None
     same_as: Algorithm | None = None  # a zero-strength knob: this algorithm must give exactly the same
+    trains_prompts: bool = False  # targets outside the mask count, too: those of the chosen sides
     tolerance: float = 2e-6  # of gradients, see assert_same
+    slow: bool = False  # not in CI
 
 
 CASES: dict[type[Algorithm], Callable[[], list[Case]]] = {}
@@ -61,6 +68,17 @@ def all_cases() -> list[Case]:
     return [case for cls in found for case in CASES[cls]()]
 
 
+def parameters(knobs: bool = False) -> list:
+    """pytest's parameters: the cases, or those of zero-strength knobs."""
+    chosen = [case for case in all_cases() if (case.same_as is not None) == knobs]
+    return [pytest.param(case, id=case.name, marks=[pytest.mark.slow] if case.slow else []) for case in chosen]
+
+
+def case_named(name: str) -> Case:
+    """One of all_cases."""
+    return next(case for case in all_cases() if case.name == name)
+
+
 def examples(count: int, seed: int = 0, prompt: tuple[int, int] = (2, 8), answer: tuple[int, int] = (1, 16)) -> tuple:
     """Units of one example each: a prompt that is not trained and an answer that is."""
     rng = np.random.default_rng(seed)
@@ -69,6 +87,22 @@ def examples(count: int, seed: int = 0, prompt: tuple[int, int] = (2, 8), answer
         given, said = (int(rng.integers(low, high + 1)) for low, high in (prompt, answer))
         tokens = rng.integers(0, SPEC.vocab_size, given + said, dtype=np.int32)
         units.append((Example(tokens, np.arange(given + said) >= given, f"{i}"),))
+    return tuple(units)
+
+
+def pairs(count: int, seed: int = 0) -> tuple:
+    """Units of two examples that share a prompt: chosen and rejected."""
+    rng = np.random.default_rng(seed)
+    units = []
+    for i in range(count):
+        prompt = rng.integers(0, SPEC.vocab_size, int(rng.integers(2, 7)), dtype=np.int32)
+        unit = []
+        for _ in range(2):
+            answer = rng.integers(0, SPEC.vocab_size, int(rng.integers(1, 9)), dtype=np.int32)
+            tokens = np.concatenate([prompt, answer])
+            told = {"margin": 0.0, "agreement": 1.0}
+            unit.append(Example(tokens, np.arange(len(tokens)) >= len(prompt), f"{i}", told))
+        units.append(tuple(unit))
     return tuple(units)
 
 
@@ -89,19 +123,54 @@ def _sft() -> list[Case]:
     ]
 
 
+@cases_of(DPO)
+def _dpo() -> list[Case]:
+    units = pairs(ROWS)
+    return [
+        Case("dpo", DPO(), units),
+        Case("dpo-lora", DPO(), units, lora.LoraConfig(rank=4), slow=True),
+        Case("dpo-ipo", DPO(kind="ipo"), units, slow=True),
+        Case("dpo-sft-ld", DPO(kind=(("sigmoid", 1.0), ("sft", 0.5)), ld_alpha=0.5), units),
+        Case("dpo-aot", DPO(kind="aot"), units, slow=True),
+        Case("dpo-robust-0", DPO(kind="robust"), units, same_as=DPO()),
+        Case("dpo-sft-0", DPO(kind=(("sigmoid", 1.0), ("sft", 0.0))), units, same_as=DPO()),
+    ]
+
+
+@cases_of(SimPO)
+def _simpo() -> list[Case]:
+    return [
+        Case("simpo", SimPO(), pairs(ROWS)),
+        Case("simpo-alpha-nll", SimPO(alpha=0.1, nll_coefficient=0.5), pairs(ROWS), slow=True),
+    ]
+
+
+@cases_of(CPO)
+def _cpo() -> list[Case]:
+    return [Case("cpo", CPO(), pairs(ROWS))]
+
+
+@cases_of(ORPO)
+def _orpo() -> list[Case]:
+    return [
+        Case("orpo", ORPO(), pairs(ROWS), trains_prompts=True),
+        Case("orpo-completion", ORPO(nll_over="completion"), pairs(ROWS), slow=True),
+    ]
+
+
 # ---------------------------------------------------------------- layouts of the same units
 
 
 def packed(units: Sequence[Unit], rows: int = ROWS, width: int = WIDTH) -> Batch:
     """Best fit; rows that are left over are padding."""
-    plan = best_fit_rows([positions_of(u) for u in units], [len(u) for u in units], width, 8)
+    plan = best_fit_rows([positions_of(u) for u in units], [len(u) for u in units], width, SEGMENTS)
     content = [[units[i] for i in row.units] for row in plan]
-    return pack_rows(content + [[]] * (rows - len(content)), width)
+    return pack_rows(content + [[]] * (rows - len(content)), width, units[0][0].extra, SEGMENTS)
 
 
 def unpacked(units: Sequence[Unit], rows: int = ROWS, width: int = WIDTH) -> Batch:
     """One unit a row."""
-    return pack_rows([[unit] for unit in units] + [[]] * (rows - len(units)), width)
+    return pack_rows([[unit] for unit in units] + [[]] * (rows - len(units)), width, units[0][0].extra, SEGMENTS)
 
 
 def shuffled(batch: Batch, seed: int = 1) -> Batch:
@@ -110,13 +179,14 @@ def shuffled(batch: Batch, seed: int = 1) -> Batch:
     return jax.tree.map(lambda x: np.asarray(x)[order], batch)
 
 
-def spoilt(batch: Batch) -> Batch:
+def spoilt(batch: Batch, trains_prompts: bool = False) -> Batch:
     """Where no target is trained: targets that no vocabulary holds, nan in every float column."""
+    kept = batch.mask | ((batch.segments % 2 == 1) & trains_prompts)
 
     def spoil(x: np.ndarray) -> np.ndarray:
-        return np.where(batch.mask, x, np.nan) if x.shape == batch.mask.shape and x.dtype.kind == "f" else x
+        return np.where(kept, x, np.nan) if x.shape == kept.shape and x.dtype.kind == "f" else x
 
-    return jax.tree.map(spoil, batch).replace(targets=np.where(batch.mask, batch.targets, -100))
+    return jax.tree.map(spoil, batch).replace(targets=np.where(kept, batch.targets, -100))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,6 +246,10 @@ class Run:
                 lambda x: x + 0.05 * jnp.cos(jnp.arange(x.size, dtype=x.dtype)).reshape(x.shape), adapters
             )
             self.params, self.frozen = {"policy": self._place(moved, infos)}, {"policy": base}
+        elif "ref" in case.algorithm.needs:
+            moved = jax.tree.map(lambda x: x + 0.02 * jnp.cos(jnp.arange(x.size, dtype=x.dtype)).reshape(x.shape), base)
+            self.frozen = {"ref": self._place(moved, infos)}
+        self.annotate = jax.jit(lambda frozen, batch: case.algorithm.annotate(apply, frozen, batch))
         self.state = init_state(self.params, tx, case.algorithm.slow)
         self.step = jax.jit(make_step(case.algorithm, apply, tx, micro_batches=micro_batches))
 
@@ -183,15 +257,19 @@ class Run:
         return jax.device_put(tree, tree_shardings(infos, self.rules))
 
     def __call__(self, batch: Batch) -> Result:
-        state, metrics = self.step(self.state, self.frozen, to_mesh(batch, self.rules))
+        state, metrics = self.step(self.state, self.frozen, self.place(batch))
         leaves = jax.tree_util.tree_flatten_with_path(state.opt_state)[0]
         grads = {jax.tree_util.keystr(path, simple=True, separator="."): np.asarray(x) for path, x in leaves}
         metrics = {name: float(value) for name, value in metrics.items()}
         return Result(metrics.pop("loss"), grads, metrics)
 
+    def place(self, batch: Batch) -> Batch:
+        """On the mesh, with the columns of frozen models."""
+        return self.annotate(self.frozen, to_mesh(batch, self.rules))
+
     def compiled_text(self, batch: Batch) -> str:
         """HLO of the compiled step."""
-        return self.step.lower(self.state, self.frozen, to_mesh(batch, self.rules)).compile().as_text()
+        return self.step.lower(self.state, self.frozen, self.place(batch)).compile().as_text()
 
 
 def assert_same(got: Result, want: Result, tolerance: float = 2e-6) -> None:

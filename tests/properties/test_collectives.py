@@ -10,9 +10,9 @@ import pytest
 
 from jaxpost import hlo
 from jaxpost.models.spec import DecoderSpec, abstract_params
-from tests.properties.harness import ROWS, SPEC, WIDTH, Case, Run, all_cases, packed
+from tests.properties.harness import ROWS, SPEC, WIDTH, Case, Run, case_named, packed
 
-FULL, LORA = all_cases()[:2]
+FULL, LORA = case_named("sft"), case_named("sft-lora")
 D = SPEC.d_model
 MATRICES = 4 * (4 * D * D + 3 * D * SPEC.d_ff)  # bytes of one layer's: all heads have D = H * hd here
 NORMS = 4 * 2 * D

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.properties.harness import Run, all_cases, assert_same, packed
+from tests.properties.harness import Run, assert_same, case_named, packed, parameters
 
 AXES = ("data", "fsdp", "tensor", "context")
 TOGETHER = [
@@ -13,7 +13,6 @@ TOGETHER = [
 QUICK = [{"data": 1} | {axis: 8} for axis in AXES] + TOGETHER
 SLOW = [{"data": 1} | {axis: size} for axis in AXES for size in (2, 4)]
 SLOW += [{"data": 2, "fsdp": 2, "context": 2}, {"data": 4, "tensor": 2}, {"data": 1, "fsdp": 4, "tensor": 2}]
-CASES = [case for case in all_cases() if case.same_as is None]
 
 
 def check(case, meshes, share: float = 1.0) -> None:
@@ -23,17 +22,16 @@ def check(case, meshes, share: float = 1.0) -> None:
         assert_same(Run(case, mesh)(batch), want, share * case.tolerance)
 
 
-@pytest.mark.parametrize(
-    ("case", "meshes"),
-    [(CASES[0], QUICK), (CASES[1], TOGETHER[:1]), (CASES[2], TOGETHER[2:])],
-    ids=["full", "lora", "lora-upper"],
-)
-def test_eight_devices(case, meshes):
-    check(case, meshes)
+ONCE = {"sft": QUICK, "sft-lora": TOGETHER[:1], "sft-lora-upper": TOGETHER[2:], "dpo": TOGETHER, "orpo": TOGETHER[1:2]}
+
+
+@pytest.mark.parametrize("name", ONCE)
+def test_eight_devices(name):
+    check(case_named(name), ONCE[name])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", parameters())
 def test_every_mesh(case):
     # The worst leaf of 18 meshes, four cases and two jax versions: rounding alone reaches 2.3e-6.
     check(case, QUICK + SLOW, 1.5)
