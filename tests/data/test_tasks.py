@@ -180,4 +180,4 @@ def test_every_task_has_an_encoder():
     assert set(COLUMNS) == set(ENCODERS)
     for task, (needed, _) in COLUMNS.items():
         assert detect(dict.fromkeys(needed, "x")) == task
-    assert set(tasks.TaskName.__args__) == {"auto", *COLUMNS}
+    assert set(tasks.TaskName.__args__) == {"auto", "pair", *COLUMNS}  # pairs: data/pairs.py
