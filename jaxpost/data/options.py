@@ -74,7 +74,7 @@ class DataConfig:
     @property
     def segments_per_row(self) -> int:
         """S: the most segments a row may hold, fixed for a run; a bound of it until the data have settled it."""
-        return self.max_segments or max(8, self.seq_len // 16)
+        return self.max_segments or max(8, self.seq_len // 32 * 2)  # even: pairs take two
 
     @property
     def widths(self) -> tuple[int, ...]:

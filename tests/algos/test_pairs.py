@@ -89,6 +89,14 @@ def test_sorting_kinds_refuse_micro_batches(tmp_path):
     assert DPO(kind="aot").whole_batch and not DPO().whole_batch
 
 
+def test_an_odd_bound_of_segments_is_made_even(tmp_path):
+    """A pair takes two places; 500 / 16 is 31."""
+    run = load(tmp_path, "orpo", ["data.seq_len=500"], loop={"steps": 1})
+    assert run.data.segments_per_row == 30
+    train.run(run)
+    assert len(tiny.metric(run.run_dir, "loss")) == 1
+
+
 def test_rows_of_another_method_are_refused(tmp_path):
     run = load(tmp_path, "dpo")
     tiny.write_rows(tmp_path / "train.jsonl", 8)
