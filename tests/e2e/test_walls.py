@@ -104,7 +104,7 @@ def test_a_method_with_columns_and_scalars_trains_evaluates_and_resumes(tmp_path
 def test_a_role_that_nobody_can_give_is_refused(tmp_path):
     config = tiny.write_config(tmp_path, algorithm={"name": "needy"})
     (tmp_path / "walls.py").write_text(
-        METHOD.replace("class Walls(SFT):", 'class Walls(SFT):\n    needs = ("ref",)').replace('"walls"', '"needy"')
+        METHOD.replace("class Walls(SFT):", 'class Walls(SFT):\n    needs = ("teacher",)').replace('"walls"', '"needy"')
     )
-    with pytest.raises(AssertionError, match="algorithm.name: needy needs a frozen ref model"):
+    with pytest.raises(AssertionError, match="algorithm.name: needy needs a frozen teacher model"):
         train(config)

@@ -65,6 +65,7 @@ def start(bench: pathlib.Path, stage: str = "") -> subprocess.Popen:
         ["bash", str(bench / "repo/launch/quickstart.sh")],
         env=environment | {"BENCH": str(bench), "STAGE": stage},
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background inherits "ignore"
     )  # fmt: skip
 
 
