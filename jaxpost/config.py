@@ -97,8 +97,8 @@ class Config:
             raise ValueError("data.max_segments: a pair takes two segments; give an even number")
         if self.lora is not None and self.lora.source is not None and "ref" in self.algorithm.needs:
             raise ValueError(
-                "lora.source: the reference would be the base without that adapter; merge it first "
-                "(python -m jaxpost.export --to=hf) and start from the merged model"
+                "lora.source: the reference would be the base without that adapter; merge it into the base (a run's: "
+                "python -m jaxpost.export RUN --to hf) and start from the merged model"
             )
         if self.data.batch_size % self.loop.micro_batches:
             raise ValueError(

@@ -97,6 +97,11 @@ def test_an_odd_bound_of_segments_is_made_even(tmp_path):
     assert len(tiny.metric(run.run_dir, "loss")) == 1
 
 
+def test_an_adapter_to_start_from_would_not_be_in_the_reference(tmp_path):
+    with pytest.raises(errors.ConfigError, match="lora.source: the reference would be the base without that adapter"):
+        load(tmp_path, "dpo", ["lora.source=adapter"], lora={"rank": 4})
+
+
 def test_rows_of_another_method_are_refused(tmp_path):
     run = load(tmp_path, "dpo")
     tiny.write_rows(tmp_path / "train.jsonl", 8)
